@@ -1,0 +1,1 @@
+"""Fast inference engines; the reference they must equal is bamboo/forcefield.py."""

@@ -1,0 +1,1 @@
+"""Learning: losses, one optimisation loop, and the three uses of it (fit, distil, align)."""

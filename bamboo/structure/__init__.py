@@ -1,0 +1,1 @@
+"""Molecules and boxes: names or SMILES to verified geometries, packed boxes and clusters."""

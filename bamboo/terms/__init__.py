@@ -1,0 +1,1 @@
+"""The physical energy terms, one file each."""

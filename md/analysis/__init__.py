@@ -1,0 +1,1 @@
+"""Properties from trajectories: numpy and md.trajectory only, no torch, no model."""
