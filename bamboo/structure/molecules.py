@@ -1,0 +1,221 @@
+"""Molecules and ions of electrolytes by name or SMILES, with checked geometries.
+
+Neutral molecules and most ions come from RDKit (ETKDG conformers, MMFF94 or UFF). RDKit has no parameters for the
+hypervalent fluorides: its PF6- has two fluorine atoms 0.9 Å apart. Those ions are built from their point group, and
+every geometry, whatever its source, passes ``check_geometry``.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bamboo.elements import ATOMIC_MASSES, COVALENT_RADII, numbers_of
+from bamboo.errors import InputError, suggest
+
+SOLVENTS = {
+    "EC": "C1COC(=O)O1",  # ethylene carbonate
+    "PC": "CC1COC(=O)O1",  # propylene carbonate
+    "FEC": "C1C(F)OC(=O)O1",  # fluoroethylene carbonate
+    "DFEC": "C1(F)C(F)OC(=O)O1",  # difluoroethylene carbonate
+    "VC": "C1=COC(=O)O1",  # vinylene carbonate
+    "VEC": "C=CC1COC(=O)O1",  # vinylethylene carbonate
+    "DMC": "COC(=O)OC",  # dimethyl carbonate
+    "EMC": "CCOC(=O)OC",  # ethyl methyl carbonate
+    "DEC": "CCOC(=O)OCC",  # diethyl carbonate
+    "FEMC": "COC(=O)OCC(F)(F)F",  # methyl trifluoroethyl carbonate
+    "MF": "COC=O",  # methyl formate
+    "MA": "COC(C)=O",  # methyl acetate
+    "EA": "CCOC(C)=O",  # ethyl acetate
+    "PA": "CCCOC(C)=O",  # propyl acetate
+    "MP": "COC(=O)CC",  # methyl propionate
+    "EP": "CCOC(=O)CC",  # ethyl propionate
+    "MB": "COC(=O)CCC",  # methyl butyrate
+    "EB": "CCOC(=O)CCC",  # ethyl butyrate
+    "GBL": "C1CC(=O)OC1",  # gamma-butyrolactone
+    "ACN": "CC#N",  # acetonitrile
+    "SN": "N#CCCC#N",  # succinonitrile
+    "DME": "COCCOC",  # 1,2-dimethoxyethane, monoglyme
+    "DEE": "CCOCCOCC",  # 1,2-diethoxyethane
+    "G2": "COCCOCCOC",  # diglyme
+    "G3": "COCCOCCOCCOC",  # triglyme
+    "G4": "COCCOCCOCCOCCOC",  # tetraglyme
+    "DOL": "C1COCO1",  # 1,3-dioxolane
+    "THF": "C1CCOC1",  # tetrahydrofuran
+    "TTE": "FC(F)C(F)(F)COC(F)(F)C(F)F",  # tetrafluoroethyl tetrafluoropropyl ether
+    "DMSO": "CS(C)=O",  # dimethyl sulfoxide
+    "SL": "O=S1(=O)CCCC1",  # sulfolane
+    "DTD": "C1COS(=O)(=O)O1",  # ethylene sulfate
+    "PS": "C1COS(=O)(=O)C1",  # 1,3-propane sultone
+    "TMP": "COP(=O)(OC)OC",  # trimethyl phosphate
+    "water": "O",
+}
+IONS = {
+    "Li": "[Li+]",
+    "Na": "[Na+]",
+    "K": "[K+]",
+    "PF6": "F[P-](F)(F)(F)(F)F",
+    "BF4": "[B-](F)(F)(F)F",
+    "FSI": "[N-](S(=O)(=O)F)S(=O)(=O)F",  # bis(fluorosulfonyl)imide
+    "TFSI": "[N-](S(=O)(=O)C(F)(F)F)S(=O)(=O)C(F)(F)F",  # bis(trifluoromethanesulfonyl)imide
+    "OTf": "[O-]S(=O)(=O)C(F)(F)F",  # triflate
+    "ClO4": "[O-]Cl(=O)(=O)=O",
+    "NO3": "[O-][N+](=O)[O-]",
+    "DFP": "[O-]P(=O)(F)F",  # difluorophosphate
+    "DFOB": "[B-]1(F)(F)OC(=O)C(=O)O1",  # difluoro(oxalato)borate
+    "BOB": "[B-]12(OC(=O)C(=O)O1)OC(=O)C(=O)O2",  # bis(oxalato)borate
+}
+_CATIONS = ("Li", "Na", "K")
+SALTS: dict[str, dict[str, int]] = {
+    cation + anion: {cation: 1, anion: 1} for cation in _CATIONS for anion in IONS if anion not in _CATIONS
+}
+
+# Directions from the centre and bond length [Å] of ions that RDKit builds wrongly (bond lengths: B3LYP/def2-SVPD).
+_OCTAHEDRON = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+_TETRAHEDRON = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
+_TEMPLATES: dict[str, tuple[str, tuple[tuple[int, int, int], ...], float]] = {
+    "PF6": ("P", _OCTAHEDRON, 1.63),
+    "BF4": ("B", _TETRAHEDRON, 1.41),
+}
+
+N_CONFORMERS = 10  # embedded by RDKit; the lowest in force-field energy is kept
+BOND_RANGE = (0.75, 1.25)  # bonded distance / sum of covalent radii
+MIN_NONBONDED = 1.15  # smallest non-bonded distance / sum of covalent radii (S...S of the imides: 1.25)
+
+
+@dataclass(frozen=True, eq=False)
+class Molecule:
+    """One molecule or ion with a checked geometry.
+
+    name, smiles; symbols (n_atoms) chemical symbols; positions (n_atoms, 3) Å; charge e (formal);
+    bonds pairs of atom indices, each (smaller, larger).
+    """
+
+    name: str
+    symbols: tuple[str, ...]
+    positions: NDArray[np.float64]
+    charge: int
+    bonds: tuple[tuple[int, int], ...]
+    smiles: str
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """Atomic numbers, (n_atoms,)."""
+        return np.array(numbers_of(self.symbols), dtype=np.int64)
+
+    @property
+    def molar_mass(self) -> float:
+        """Molar mass [g/mol], which is the mass of one molecule [amu]."""
+        return float(ATOMIC_MASSES[self.numbers].sum())
+
+
+@cache
+def molecule(name: str) -> Molecule:
+    """Return a molecule or ion of ``SOLVENTS`` or ``IONS``; ions may carry their sign, ``Li+``.
+
+    Raises InputError for an unknown name; ``molecule_from_smiles`` builds anything else.
+    """
+    known = {**SOLVENTS, **IONS}
+    key = name if name in known else name.rstrip("+-")
+    if key not in known:
+        hint = f" '{name}' is a salt; its ions are {' and '.join(SALTS[name])}." if name in SALTS else suggest(name, known)
+        raise InputError(f"Unknown molecule '{name}'.{hint} Known names: {', '.join(known)}. Or give its SMILES.")
+    if key in _TEMPLATES:
+        return _from_template(key, smiles=known[key])
+    return molecule_from_smiles(known[key], name=key)
+
+
+def salt(name: str) -> dict[str, int]:
+    """Return the ions of a salt and how many of each, ``LiPF6 -> {"Li": 1, "PF6": 1}``; InputError if unknown."""
+    if name not in SALTS:
+        raise InputError(f"Unknown salt '{name}'.{suggest(name, SALTS)} Known salts: {', '.join(SALTS)}.")
+    return dict(SALTS[name])
+
+
+@cache
+def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
+    """Build a molecule from SMILES: ETKDG conformers, relaxed by MMFF94 (UFF where it lacks parameters), lowest kept.
+
+    The same SMILES gives the same geometry (fixed seed); stereocentres left open get one arbitrary configuration.
+    Raises InputError for SMILES that cannot be read, embedded, or give an unphysical geometry.
+    """
+    from rdkit import Chem, RDLogger
+    from rdkit.Chem import AllChem  # importing RDKit takes a while, so only here
+
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
+    parsed = Chem.MolFromSmiles(smiles)
+    if parsed is None or parsed.GetNumAtoms() == 0:
+        raise InputError(f"Cannot read SMILES '{smiles}'. Expected a single molecule, for example 'COC(=O)OC'.")
+    if len(Chem.GetMolFrags(parsed)) > 1:
+        raise InputError(f"SMILES '{smiles}' holds several molecules; give one per molecule (salts: one per ion).")
+    full = Chem.AddHs(parsed)
+    parameters = AllChem.ETKDGv3()
+    parameters.randomSeed = 2025
+    if len(AllChem.EmbedMultipleConfs(full, N_CONFORMERS, parameters)) == 0:
+        raise InputError(f"RDKit found no geometry for SMILES '{smiles}'. Check valences and ring strain.")
+    built = Molecule(
+        name=name or smiles,
+        symbols=tuple(atom.GetSymbol() for atom in full.GetAtoms()),
+        positions=_centred(_lowest_conformer(full)),
+        charge=Chem.GetFormalCharge(full),
+        bonds=tuple(sorted(tuple(sorted((b.GetBeginAtomIdx(), b.GetEndAtomIdx()))) for b in full.GetBonds())),
+        smiles=smiles,
+    )
+    check_geometry(built)
+    return built
+
+
+def check_geometry(checked: Molecule) -> None:
+    """Raise InputError unless bonds lie within ``BOND_RANGE`` and other pairs beyond ``MIN_NONBONDED`` covalent sums."""
+    radii = COVALENT_RADII[checked.numbers]
+    bonded = set(checked.bonds)
+    for i, j in combinations(range(checked.n_atoms), 2):
+        distance = float(np.linalg.norm(checked.positions[i] - checked.positions[j]))
+        ratio = distance / (radii[i] + radii[j])
+        pair = f"{checked.symbols[i]}{i}-{checked.symbols[j]}{j} of '{checked.name}' is {distance:.2f} Å"
+        if (i, j) in bonded and not BOND_RANGE[0] < ratio < BOND_RANGE[1]:
+            raise InputError(f"Bond {pair}, {ratio:.2f} of the covalent radii; expected {BOND_RANGE}.")
+        if (i, j) not in bonded and ratio < MIN_NONBONDED:
+            raise InputError(f"Non-bonded pair {pair}, {ratio:.2f} of the covalent radii; expected > {MIN_NONBONDED}.")
+
+
+def _lowest_conformer(full: Any) -> NDArray[np.float64]:
+    """Relax all conformers of an RDKit molecule by force field and return the lowest, (n_atoms, 3)."""
+    from rdkit.Chem import AllChem
+
+    if full.GetNumAtoms() == 1:
+        return np.zeros((1, 3))
+    relax = AllChem.MMFFOptimizeMoleculeConfs if AllChem.MMFFHasAllMoleculeParams(full) else None
+    results = (relax or AllChem.UFFOptimizeMoleculeConfs)(full, maxIters=2000)
+    lowest = int(np.argmin([energy for _, energy in results]))
+    return np.asarray(full.GetConformer(lowest).GetPositions(), dtype=np.float64)
+
+
+def _from_template(name: str, *, smiles: str) -> Molecule:
+    """Build an ion of known point group: centre first, then its fluorine atoms."""
+    centre, directions, length = _TEMPLATES[name]
+    units = np.array(directions, dtype=np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    built = Molecule(
+        name=name,
+        symbols=(centre, *("F",) * len(units)),
+        positions=_centred(np.vstack([np.zeros(3), length * units])),
+        charge=-1,
+        bonds=tuple((0, k + 1) for k in range(len(units))),
+        smiles=smiles,
+    )
+    check_geometry(built)
+    return built
+
+
+def _centred(positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    centred = positions - positions.mean(axis=0)
+    centred.flags.writeable = False  # molecules are cached and shared
+    return centred
