@@ -125,7 +125,8 @@ def molecule(name: str) -> Molecule:
     known = {**SOLVENTS, **IONS}
     key = name if name in known else name.rstrip("+-")
     if key not in known:
-        hint = f" '{name}' is a salt; its ions are {' and '.join(SALTS[name])}." if name in SALTS else suggest(name, known)
+        ions = f" '{name}' is a salt; its ions are {' and '.join(SALTS[name])}." if name in SALTS else ""
+        hint = ions or suggest(name, known)
         raise InputError(f"Unknown molecule '{name}'.{hint} Known names: {', '.join(known)}. Or give its SMILES.")
     if key in _TEMPLATES:
         return _from_template(key, smiles=known[key])
@@ -173,7 +174,7 @@ def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
 
 
 def check_geometry(checked: Molecule) -> None:
-    """Raise InputError unless bonds lie within ``BOND_RANGE`` and other pairs beyond ``MIN_NONBONDED`` covalent sums."""
+    """Raise InputError unless bonds lie within ``BOND_RANGE`` and other pairs beyond ``MIN_NONBONDED`` radii."""
     radii = COVALENT_RADII[checked.numbers]
     bonded = set(checked.bonds)
     for i, j in combinations(range(checked.n_atoms), 2):
