@@ -1,0 +1,334 @@
+"""What is in the box: from ``1 m LiPF6 in EC:DMC 30:70 wt`` to integer counts of molecules and ions.
+
+Amounts: m = mol per kg of solvent, M = mol per litre of solution. Ratios of solvents by mass (wt), amount of substance
+(mol) or volume of the pure liquids (vol); without that word a ratio has no meaning and is refused.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from bamboo.errors import InputError, suggest
+from bamboo.structure.molecules import SALTS, SOLVENTS, Molecule, molecule, molecule_from_smiles, salt
+
+Basis = Literal["wt", "mol", "vol"]
+BASES: tuple[str, ...] = get_args(Basis)
+UNITS = {"m": "mol/kg", "mol/kg": "mol/kg", "M": "mol/L", "mol/L": "mol/L"}
+MAX_AMOUNT = 50.0  # mol/kg or mol/L; beyond any electrolyte (21 m water-in-salt is the record people simulate)
+
+# Densities of pure liquids [g/cm3] at a temperature [K] with their source: only a start for packing, and the volumes
+# that ``vol`` and ``M`` need. EC is solid at room temperature.
+PURE_DENSITY: dict[str, tuple[float, float, str]] = {
+    "EC": (1.321, 313.15, "10.1021/cr030203g"),
+    "PC": (1.200, 298.15, "10.1021/cr030203g"),
+    "FEC": (1.477, 298.15, "10.1038/s42256-025-01009-7"),
+    "VC": (1.355, 298.15, "10.1038/s42256-025-01009-7"),
+    "DMC": (1.0633, 298.15, "10.1063/1.3664084"),
+    "EMC": (1.006, 298.15, "10.1021/cr030203g"),
+    "DEC": (0.9690, 298.15, "10.1021/je050414d"),
+    "MF": (0.9663, 298.15, "10.1016/j.jct.2015.02.019"),
+    "MA": (0.9270, 298.15, "10.1021/je0342825"),
+    "EA": (0.8944, 298.15, "10.1021/je100832h"),
+    "PA": (0.8822, 298.15, "10.1016/j.fluid.2018.01.026"),
+    "MP": (0.9091, 298.15, "10.1021/je4009415"),
+    "EP": (0.8843, 298.15, "10.1021/je800251v"),
+    "MB": (0.8923, 298.15, "10.1021/acs.jced.5b00813"),
+    "EB": (0.8735, 298.15, "10.1021/je300799f"),
+    "GBL": (1.1296, 293.0, "10.1038/s41467-026-73566-3"),
+    "ACN": (0.7767, 298.15, "10.1021/acs.jced.8b00176"),
+    "DME": (0.8637, 298.0, "10.1038/s41467-026-73566-3"),
+    "DEE": (0.8351, 298.0, "10.1038/s41467-026-73566-3"),
+    "G2": (0.9398, 298.15, "10.1021/je500389t"),
+    "G3": (0.9860, 293.0, "10.1038/s41467-026-73566-3"),
+    "G4": (1.0114, 293.0, "10.1038/s41467-026-73566-3"),
+    "DOL": (1.0586, 298.15, "10.1016/j.jct.2003.09.001"),
+    "THF": (0.8833, 298.15, "10.1016/j.jct.2015.02.011"),
+    "DMSO": (1.0954, 298.15, "10.1016/j.jct.2007.04.004"),
+    "TMP": (1.2144, 293.0, "10.1038/s41467-026-73566-3"),
+    "water": (0.9970, 298.15, "10.1063/1.1461829"),
+}
+UNKNOWN_DENSITY = 1.1  # g/cm3, for packing a liquid that is not in the table
+
+# Volume a salt adds to its solvent [cm3/mol]: median over the solutions of LiPF6 in EC:DMC and of LiFSI in DMC of
+# doi 10.1038/s42256-025-01009-7, ideal mixing of the solvents. Others: this mass density.
+SALT_VOLUME = {"LiPF6": 51.0, "LiFSI": 78.0}
+UNKNOWN_SALT_DENSITY = 2.3  # g/cm3
+
+SIZE_WINDOW = 0.1  # how far the number of atoms may leave what was asked, to meet the composition
+SIZE_WEIGHT = 0.1  # a size off by 10 % weighs as much as an amount off by 1 %
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount of salt: a value in ``mol/kg`` of solvent or ``mol/L`` of solution."""
+
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What was asked for: parts of each solvent in a basis, an amount of each salt; or exact ``counts`` instead.
+
+    ``smiles`` holds molecules that the tables do not know, by the name used here. ``density_g_cm3`` is the density of
+    the solution where the user knows it.
+    """
+
+    solvents: dict[str, float] = field(default_factory=dict)
+    basis: Basis = "wt"
+    salts: dict[str, Amount] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    smiles: dict[str, str] = field(default_factory=dict)
+    density_g_cm3: float | None = None
+
+    def molecule(self, name: str) -> Molecule:
+        """Return a molecule of this composition."""
+        return molecule_from_smiles(self.smiles[name], name=name) if name in self.smiles else molecule(name)
+
+
+@dataclass(frozen=True)
+class Realisation:
+    """Integer counts that stand for a composition in a box.
+
+    formula: solvents and salts as named by the user; counts: molecules and ions as packed; density_g_cm3: estimate by
+    ideal mixing; asked and got: {(name, unit): value} of every amount, for the user to compare.
+    """
+
+    formula: dict[str, int]
+    counts: dict[str, int]
+    n_atoms: int
+    density_g_cm3: float
+    asked: dict[tuple[str, str], float]
+    got: dict[tuple[str, str], float]
+
+    @property
+    def worst_deviation(self) -> float:
+        """Largest relative deviation of an amount from what was asked."""
+        return max((abs(self.got[key] / asked - 1.0) for key, asked in self.asked.items()), default=0.0)
+
+    def __str__(self) -> str:
+        parts = " · ".join(f"{count} {name}" for name, count in self.formula.items())
+        text = f"{parts} = {self.n_atoms} atoms"
+        for (name, unit), value in self.got.items():
+            asked = f" (asked {self.asked[name, unit]:.3g})" if (name, unit) in self.asked else ""
+            text += f", {name} {value:.3g} {unit}{asked}"
+        return text
+
+
+def parse_composition(text: str) -> Composition:
+    """Read ``<amount> <m|M|mol/kg|mol/L> SALT [+ ...] in SOLVENT[:SOLVENT...] a:b[...] <wt|mol|vol>``.
+
+    The salt part may be absent (``EC:DMC 3:7 wt``), a single solvent needs no ratio (``1 m LiPF6 in DMC``).
+    Raises InputError that names the part in error, the nearest known name and the accepted forms.
+    """
+    text = " ".join(text.split())
+    salt_text, separator, solvent_text = text.rpartition(" in ")
+    if not solvent_text or solvent_text[0].isdigit() or (separator and not salt_text):
+        raise InputError(f'"{text}" is incomplete. Write, for example, "1 m LiPF6 in EC:DMC 30:70 wt" or "DMC".')
+    salts: dict[str, Amount] = {}
+    for part in salt_text.split("+") if separator else ():
+        name, amount = _parse_salt(part.strip())
+        if name in salts:
+            raise InputError(f"Salt '{name}' is given twice.")
+        salts[name] = amount
+    solvents, basis = _parse_solvents(solvent_text)
+    return Composition(solvents=solvents, basis=basis, salts=salts)
+
+
+def parse_amount(text: str) -> Amount:
+    """Read ``1 m``, ``0.8 mol/kg``, ``1.2 M`` or ``1.2 mol/L``; raises InputError."""
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)\s*([A-Za-z/]+)", text.strip())
+    if match is None:
+        raise InputError(f'"{text}" is not an amount. Write, for example, "1 m" (mol/kg solvent) or "1 M" (mol/L).')
+    value, unit = _number(match[1]), match[2]
+    if unit not in UNITS:
+        raise InputError(f"Unknown unit '{unit}' in \"{text}\".{suggest(unit, UNITS)} Known units: {', '.join(UNITS)}.")
+    if not 0.0 < value <= MAX_AMOUNT:
+        raise InputError(f'"{text}": the amount must lie in 0..{MAX_AMOUNT:g} {UNITS[unit]}. Leave out a salt you do not want.')
+    return Amount(value, UNITS[unit])
+
+
+def _parse_salt(text: str) -> tuple[str, Amount]:
+    match = re.fullmatch(r"(.*[^A-Za-z/]\s*(?:mol/kg|mol/L|[A-Za-z/]+))\s+(\S+)", text)
+    if match is None:
+        raise InputError(f'"{text}" is not an amount of salt. Write, for example, "1 m LiPF6" or "1.2 M LiFSI".')
+    salt(match[2])
+    return match[2], parse_amount(match[1])
+
+
+def _parse_solvents(text: str) -> tuple[dict[str, float], Basis]:
+    words = text.split(maxsplit=1)
+    names = words[0].split(":")
+    for name in names:
+        if name not in SOLVENTS:
+            hint = " A salt needs an amount and ' in ' before the solvent." if name in SALTS else suggest(name, SOLVENTS)
+            raise InputError(f"Unknown solvent '{name}'.{hint} Known solvents: {', '.join(SOLVENTS)}.")
+    if len(set(names)) < len(names):
+        raise InputError(f'"{words[0]}" names a solvent twice.')
+    if len(words) == 1 and len(names) == 1:
+        return {names[0]: 1.0}, "wt"
+    match = re.fullmatch(r"([0-9.:eE+-]*)\s*(.*)", words[1] if len(words) > 1 else "")
+    ratio, basis = (match[1], match[2].strip()) if match else ("", "")
+    shares = ratio or ":".join("1" * len(names))
+    if not ratio:
+        raise InputError(f'"{text}" has no ratio. Write, for example, {words[0]} {shares} wt.')
+    if not basis:
+        raise InputError(f'"{text}" has no basis. Write {ratio} wt, {ratio} mol or {ratio} vol.')
+    if basis not in BASES:
+        raise InputError(f"Unknown basis '{basis}'.{suggest(basis, BASES)} Write {ratio} wt, {ratio} mol or {ratio} vol.")
+    parts = [_number(part) for part in ratio.split(":")]
+    if len(parts) != len(names):
+        raise InputError(f'"{text}" names {len(names)} solvents and gives {len(parts)} parts.')
+    if not all(0.0 < part <= 1.0e6 for part in parts):
+        raise InputError(f'"{ratio}": every part must lie in 0..1e6. Leave out a solvent you do not want.')
+    return dict(zip(names, parts, strict=True)), "wt" if basis == "wt" else "mol" if basis == "mol" else "vol"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"'{text}' is not a number.") from None
+
+
+def realise(composition: Composition, *, n_atoms: int) -> Realisation:
+    """Return the integer counts nearest to a composition in a box of about ``n_atoms`` atoms.
+
+    Minimised over box sizes within 10 % of the asked one: the largest relative deviation of any amount plus a tenth of
+    that of the size; every component keeps at least one molecule. Salts enter as formula units, so the box is neutral.
+    Raises InputError for exact counts that carry a net charge, and for volumes of liquids without a known density.
+    """
+    if composition.counts:
+        formula, asked = dict(composition.counts), {}
+    else:
+        moles = moles_per_kg_solvent(composition)
+        formula = _nearest_counts(moles, {name: _formula_atoms(composition, name) for name in moles}, n_atoms)
+        asked = _amounts(composition, moles)
+    counts: dict[str, int] = {}
+    for name, count in formula.items():
+        for part, multiple in _parts(composition, name).items():
+            counts[part] = counts.get(part, 0) + multiple * count
+    charges = {name: count * composition.molecule(name).charge for name, count in counts.items()}
+    if (net := sum(charges.values())) != 0:
+        ions = " ".join(f"{counts[name]} {name}" for name, charge in charges.items() if charge)
+        raise InputError(f"The box is not neutral: {ions} make {net:+d} e. Change the counts.")
+    return Realisation(
+        formula=formula,
+        counts=counts,
+        n_atoms=sum(count * composition.molecule(name).n_atoms for name, count in counts.items()),
+        density_g_cm3=composition.density_g_cm3 or ideal_density(composition, {k: float(v) for k, v in formula.items()}),
+        asked=asked,
+        got=_amounts(composition, {name: float(count) for name, count in formula.items()}),
+    )
+
+
+def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
+    """Return mol of every solvent and salt per kg of solvent.
+
+    A molarity c follows from V = m_solvent / rho_solvent + sum_s n_s V_s = 1 L with the densities of the pure liquids
+    and the volumes of the salts, or from the density of the solution where that is given.
+    """
+    parts = composition.solvents
+    mass = {name: composition.molecule(name).molar_mass for name in parts}
+    if composition.basis == "vol":
+        weight = {name: part * _density(name) for name, part in parts.items()}
+    else:
+        weight = {name: part * (mass[name] if composition.basis == "mol" else 1.0) for name, part in parts.items()}
+    total = sum(weight.values())
+    moles = {name: 1000.0 * weight[name] / total / mass[name] for name in parts}
+    molal = {name: a.value for name, a in composition.salts.items() if a.unit == "mol/kg"}
+    molar = {name: a.value for name, a in composition.salts.items() if a.unit == "mol/L"}
+    if not molar:
+        return moles | molal
+    salt_mass = {name: _formula_mass(composition, name) / 1000.0 for name in composition.salts}  # kg/mol
+    if composition.density_g_cm3 is not None:
+        left = composition.density_g_cm3 - sum(c * salt_mass[name] for name, c in molar.items())  # kg/L
+        per_kg = 1.0 + sum(b * salt_mass[name] for name, b in molal.items())
+    else:
+        left = 1.0 - sum(c * _salt_volume(composition, name) for name, c in molar.items()) / 1000.0  # L
+        solvent_volume = sum(w / total / _density(name) for name, w in weight.items())  # L/kg
+        per_kg = solvent_volume + sum(b * _salt_volume(composition, name) for name, b in molal.items()) / 1000.0
+    kg_per_litre = left / per_kg
+    if kg_per_litre <= 0.0:
+        amounts = " + ".join(f"{c:g} M {name}" for name, c in molar.items())
+        raise InputError(f"{amounts} leaves no room for solvent in a litre. Give molality (m) instead.")
+    return moles | molal | {name: c / kg_per_litre for name, c in molar.items()}
+
+
+def ideal_density(composition: Composition, amounts: dict[str, float]) -> float:
+    """Return the density [g/cm3] by ideal mixing: total mass over the sum of pure volumes (1.1 g/cm3 if unknown)."""
+    mass = volume = 0.0
+    for name, amount in amounts.items():
+        grams = amount * _formula_mass(composition, name)
+        mass += grams
+        if name in SALTS:
+            volume += amount * _salt_volume(composition, name)
+        else:
+            volume += grams / (PURE_DENSITY[name][0] if name in PURE_DENSITY else UNKNOWN_DENSITY)
+    return mass / volume
+
+
+def _nearest_counts(moles: dict[str, float], atoms: dict[str, int], n_atoms: int) -> dict[str, int]:
+    names = list(moles)
+    x = np.array([moles[name] for name in names])
+    size = np.array([atoms[name] for name in names])
+    middle = n_atoms / float(x @ size)
+    low, high = middle * (1.0 - SIZE_WINDOW), middle * (1.0 + SIZE_WINDOW)
+    # scales at which some component is a whole number are the ones worth trying
+    scales = [np.array([middle])]
+    for share in x:
+        whole = np.arange(np.ceil(low * share), np.floor(high * share) + 1.0)
+        scales.append(whole[:: max(1, len(whole) // 200)] / share)
+    scale = np.concatenate(scales)
+    counts = np.maximum(np.rint(scale[:, None] * x), 1.0)  # (n_scales, n_components)
+    logs = np.log(counts / x)
+    deviation = np.abs(logs - logs.mean(axis=1, keepdims=True)).max(axis=1)
+    off_size = np.abs(counts @ size / n_atoms - 1.0)
+    best = counts[int(np.argmin(deviation + SIZE_WEIGHT * off_size))]
+    return {name: int(count) for name, count in zip(names, best, strict=True)}
+
+
+def _amounts(composition: Composition, formula: dict[str, float]) -> dict[tuple[str, str], float]:
+    """Salts in mol/kg solvent; solvents as percentages of the basis."""
+    solvents = {name: n for name, n in formula.items() if name not in SALTS and _charge(composition, name) == 0}
+    kg = sum(n * _formula_mass(composition, name) for name, n in solvents.items()) / 1000.0
+    amounts = {(name, "mol/kg"): n / kg for name, n in formula.items() if name not in solvents and kg > 0.0}
+    if len(solvents) > 1:
+        if composition.basis == "mol":
+            share = solvents
+        else:
+            share = {name: n * _formula_mass(composition, name) for name, n in solvents.items()}
+        if composition.basis == "vol":
+            share = {name: grams / _density(name) for name, grams in share.items()}
+        total = sum(share.values())
+        amounts |= {(name, f"% {composition.basis}"): 100.0 * part / total for name, part in share.items()}
+    return amounts
+
+
+def _parts(composition: Composition, name: str) -> dict[str, int]:
+    return salt(name) if name in SALTS and name not in composition.smiles else {name: 1}
+
+
+def _formula_mass(composition: Composition, name: str) -> float:
+    return sum(n * composition.molecule(part).molar_mass for part, n in _parts(composition, name).items())
+
+
+def _formula_atoms(composition: Composition, name: str) -> int:
+    return sum(n * composition.molecule(part).n_atoms for part, n in _parts(composition, name).items())
+
+
+def _charge(composition: Composition, name: str) -> int:
+    return sum(n * composition.molecule(part).charge for part, n in _parts(composition, name).items())
+
+
+def _salt_volume(composition: Composition, name: str) -> float:
+    return SALT_VOLUME.get(name, _formula_mass(composition, name) / UNKNOWN_SALT_DENSITY)
+
+
+def _density(name: str) -> float:
+    if name not in PURE_DENSITY:
+        known = ", ".join(PURE_DENSITY)
+        raise InputError(f"The density of pure {name} is not tabulated (known: {known}). Use wt or mol, and m for salts.")
+    return PURE_DENSITY[name][0]
