@@ -1,0 +1,93 @@
+"""A force field ready for repeated use: neighbour lists with a skin, and the fastest engine at hand.
+
+The ASE calculator and the MD engine both evaluate through this class and nothing else.
+"""
+
+import torch
+
+from bamboo.errors import InputError
+from bamboo.forcefield import ForceField, ForceFieldOutput
+from bamboo.neighbors import Neighbors, find_neighbors, trim
+from bamboo.nn.radial import safe_norm
+from bamboo.system import Batch
+
+SMALLEST_DISTANCE = 0.3  # Å; closer atoms are a broken input, not chemistry
+
+
+class Evaluator:
+    """Evaluate one force field on batches that change little from call to call.
+
+    force_field  the model
+    skin         Å; neighbour lists reach this much further and are rebuilt when an atom has moved more than half of it
+    device       where the network runs; batches are moved there
+    """
+
+    def __init__(self, force_field: ForceField, *, skin: float = 1.0, device: torch.device | str = "cpu") -> None:
+        if not skin >= 0:
+            raise InputError(f"skin = {skin} Å, expected a length >= 0.")
+        self.device = torch.device(device)
+        self.force_field = force_field.to(self.device).eval()
+        self.skin = skin
+        self._built: Batch | None = None
+        self._neighbors: Neighbors | None = None
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that does the work."""
+        return "reference"
+
+    def reset(self) -> None:
+        """Forget the neighbour lists; the next evaluation builds them anew."""
+        self._built = self._neighbors = None
+
+    def evaluate(self, batch: Batch) -> ForceFieldOutput:
+        """Return energy, forces, virial, charges of the batch (ForceFieldOutput).
+
+        Raises UnknownElementError for elements the model does not cover, InputError for overlapping atoms.
+        """
+        network_cutoff = self.force_field.config.network.cutoff
+        dispersion_cutoff = self.force_field.config.dispersion.cutoff
+        if self._neighbors is None or not self._still_valid(batch):
+            self.force_field.check_elements(batch.numbers)
+            self._neighbors = find_neighbors(batch, network_cutoff, dispersion_cutoff, skin=self.skin)
+            self._built = batch
+        neighbors = trim(self._neighbors, batch, network_cutoff, dispersion_cutoff)
+        self._check_overlap(batch, neighbors)
+        return self.force_field(batch, neighbors)
+
+    def _still_valid(self, batch: Batch) -> bool:
+        """Tell whether the stored lists still hold every pair within the cutoffs.
+
+        Half the skin is shared by the motion of atoms and the change of the cell; the cell's change is measured as the
+        largest relative strain times the longest cutoff.
+        """
+        built = self._built
+        if built is None or built.n_atoms != batch.n_atoms or built.n_systems != batch.n_systems:
+            return False
+        same = torch.equal(built.numbers, batch.numbers) and torch.equal(built.pbc, batch.pbc)
+        if not (same and torch.equal(built.system_index, batch.system_index)):
+            return False
+        if torch.equal(built.cell, batch.cell):
+            moved = (batch.positions - built.positions).square().sum(-1).max().sqrt()
+            return bool(2.0 * moved < self.skin)
+        periodic = built.pbc
+        strain = torch.linalg.solve(built.cell[periodic], batch.cell[periodic]) - torch.eye(3, device=batch.cell.device)
+        stretch = torch.linalg.matrix_norm(strain, ord=2).max()
+        deformation = torch.zeros_like(built.cell)
+        deformation[periodic] = strain
+        carried = built.positions + torch.einsum("na,nab->nb", built.positions, deformation[built.system_index])
+        moved = (batch.positions - carried).square().sum(-1).max().sqrt()
+        longest = max(self.force_field.config.network.cutoff, self.force_field.config.dispersion.cutoff) + self.skin
+        return bool(2.0 * moved + stretch * longest < self.skin)
+
+    def _check_overlap(self, batch: Batch, neighbors: Neighbors) -> None:
+        pairs = neighbors.edges
+        if not pairs.index.shape[1]:
+            return
+        distance = safe_norm(pairs.vectors(batch.positions, batch.cell, system_index=batch.system_index))
+        closest = int(distance.argmin())
+        if float(distance[closest]) < SMALLEST_DISTANCE:
+            i, j = pairs.index[:, closest].tolist()
+            raise InputError(
+                f"Atoms {i} and {j} are {float(distance[closest]):.3f} Å apart: the structure has overlapping atoms."
+            )
