@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from bamboo.errors import InputError, suggest
-from bamboo.structure.molecules import SALTS, SOLVENTS, Molecule, molecule, molecule_from_smiles, salt
+from bamboo.structure.molecules import SALTS, SOLVENTS, molecule, salt
 
 Basis = Literal["wt", "mol", "vol"]
 BASES: tuple[str, ...] = get_args(Basis)
@@ -72,20 +72,14 @@ class Amount:
 class Composition:
     """What was asked for: parts of each solvent in a basis, an amount of each salt; or exact ``counts`` instead.
 
-    ``smiles`` holds molecules that the tables do not know, by the name used here. ``density_g_cm3`` is the density of
-    the solution where the user knows it.
+    ``density_g_cm3`` is the density of the solution where the user knows it.
     """
 
     solvents: dict[str, float] = field(default_factory=dict)
     basis: Basis = "wt"
     salts: dict[str, Amount] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    smiles: dict[str, str] = field(default_factory=dict)
     density_g_cm3: float | None = None
-
-    def molecule(self, name: str) -> Molecule:
-        """Return a molecule of this composition."""
-        return molecule_from_smiles(self.smiles[name], name=name) if name in self.smiles else molecule(name)
 
 
 @dataclass(frozen=True)
@@ -146,7 +140,9 @@ def parse_amount(text: str) -> Amount:
     if unit not in UNITS:
         raise InputError(f"Unknown unit '{unit}' in \"{text}\".{suggest(unit, UNITS)} Known units: {', '.join(UNITS)}.")
     if not 0.0 < value <= MAX_AMOUNT:
-        raise InputError(f'"{text}": the amount must lie in 0..{MAX_AMOUNT:g} {UNITS[unit]}. Leave out a salt you do not want.')
+        raise InputError(
+            f'"{text}": the amount must lie in 0..{MAX_AMOUNT:g} {UNITS[unit]}. Leave out a salt you do not want.'
+        )
     return Amount(value, UNITS[unit])
 
 
@@ -163,7 +159,9 @@ def _parse_solvents(text: str) -> tuple[dict[str, float], Basis]:
     names = words[0].split(":")
     for name in names:
         if name not in SOLVENTS:
-            hint = " A salt needs an amount and ' in ' before the solvent." if name in SALTS else suggest(name, SOLVENTS)
+            hint = (
+                " A salt needs an amount and ' in ' before the solvent." if name in SALTS else suggest(name, SOLVENTS)
+            )
             raise InputError(f"Unknown solvent '{name}'.{hint} Known solvents: {', '.join(SOLVENTS)}.")
     if len(set(names)) < len(names):
         raise InputError(f'"{words[0]}" names a solvent twice.')
@@ -177,7 +175,9 @@ def _parse_solvents(text: str) -> tuple[dict[str, float], Basis]:
     if not basis:
         raise InputError(f'"{text}" has no basis. Write {ratio} wt, {ratio} mol or {ratio} vol.')
     if basis not in BASES:
-        raise InputError(f"Unknown basis '{basis}'.{suggest(basis, BASES)} Write {ratio} wt, {ratio} mol or {ratio} vol.")
+        raise InputError(
+            f"Unknown basis '{basis}'.{suggest(basis, BASES)} Write {ratio} wt, {ratio} mol or {ratio} vol."
+        )
     parts = [_number(part) for part in ratio.split(":")]
     if len(parts) != len(names):
         raise InputError(f'"{text}" names {len(names)} solvents and gives {len(parts)} parts.')
@@ -204,21 +204,21 @@ def realise(composition: Composition, *, n_atoms: int) -> Realisation:
         formula, asked = dict(composition.counts), {}
     else:
         moles = moles_per_kg_solvent(composition)
-        formula = _nearest_counts(moles, {name: _formula_atoms(composition, name) for name in moles}, n_atoms)
+        formula = _nearest_counts(moles, {name: _formula_atoms(name) for name in moles}, n_atoms)
         asked = _amounts(composition, moles)
     counts: dict[str, int] = {}
     for name, count in formula.items():
-        for part, multiple in _parts(composition, name).items():
+        for part, multiple in _parts(name).items():
             counts[part] = counts.get(part, 0) + multiple * count
-    charges = {name: count * composition.molecule(name).charge for name, count in counts.items()}
+    charges = {name: count * molecule(name).charge for name, count in counts.items()}
     if (net := sum(charges.values())) != 0:
         ions = " ".join(f"{counts[name]} {name}" for name, charge in charges.items() if charge)
         raise InputError(f"The box is not neutral: {ions} make {net:+d} e. Change the counts.")
     return Realisation(
         formula=formula,
         counts=counts,
-        n_atoms=sum(count * composition.molecule(name).n_atoms for name, count in counts.items()),
-        density_g_cm3=composition.density_g_cm3 or ideal_density(composition, {k: float(v) for k, v in formula.items()}),
+        n_atoms=sum(count * molecule(name).n_atoms for name, count in counts.items()),
+        density_g_cm3=composition.density_g_cm3 or ideal_density({k: float(v) for k, v in formula.items()}),
         asked=asked,
         got=_amounts(composition, {name: float(count) for name, count in formula.items()}),
     )
@@ -231,7 +231,7 @@ def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
     and the volumes of the salts, or from the density of the solution where that is given.
     """
     parts = composition.solvents
-    mass = {name: composition.molecule(name).molar_mass for name in parts}
+    mass = {name: molecule(name).molar_mass for name in parts}
     if composition.basis == "vol":
         weight = {name: part * _density(name) for name, part in parts.items()}
     else:
@@ -242,14 +242,14 @@ def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
     molar = {name: a.value for name, a in composition.salts.items() if a.unit == "mol/L"}
     if not molar:
         return moles | molal
-    salt_mass = {name: _formula_mass(composition, name) / 1000.0 for name in composition.salts}  # kg/mol
+    salt_mass = {name: _formula_mass(name) / 1000.0 for name in composition.salts}  # kg/mol
     if composition.density_g_cm3 is not None:
         left = composition.density_g_cm3 - sum(c * salt_mass[name] for name, c in molar.items())  # kg/L
         per_kg = 1.0 + sum(b * salt_mass[name] for name, b in molal.items())
     else:
-        left = 1.0 - sum(c * _salt_volume(composition, name) for name, c in molar.items()) / 1000.0  # L
+        left = 1.0 - sum(c * _salt_volume(name) for name, c in molar.items()) / 1000.0  # L
         solvent_volume = sum(w / total / _density(name) for name, w in weight.items())  # L/kg
-        per_kg = solvent_volume + sum(b * _salt_volume(composition, name) for name, b in molal.items()) / 1000.0
+        per_kg = solvent_volume + sum(b * _salt_volume(name) for name, b in molal.items()) / 1000.0
     kg_per_litre = left / per_kg
     if kg_per_litre <= 0.0:
         amounts = " + ".join(f"{c:g} M {name}" for name, c in molar.items())
@@ -257,14 +257,14 @@ def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
     return moles | molal | {name: c / kg_per_litre for name, c in molar.items()}
 
 
-def ideal_density(composition: Composition, amounts: dict[str, float]) -> float:
+def ideal_density(amounts: dict[str, float]) -> float:
     """Return the density [g/cm3] by ideal mixing: total mass over the sum of pure volumes (1.1 g/cm3 if unknown)."""
     mass = volume = 0.0
     for name, amount in amounts.items():
-        grams = amount * _formula_mass(composition, name)
+        grams = amount * _formula_mass(name)
         mass += grams
         if name in SALTS:
-            volume += amount * _salt_volume(composition, name)
+            volume += amount * _salt_volume(name)
         else:
             volume += grams / (PURE_DENSITY[name][0] if name in PURE_DENSITY else UNKNOWN_DENSITY)
     return mass / volume
@@ -292,14 +292,14 @@ def _nearest_counts(moles: dict[str, float], atoms: dict[str, int], n_atoms: int
 
 def _amounts(composition: Composition, formula: dict[str, float]) -> dict[tuple[str, str], float]:
     """Salts in mol/kg solvent; solvents as percentages of the basis."""
-    solvents = {name: n for name, n in formula.items() if name not in SALTS and _charge(composition, name) == 0}
-    kg = sum(n * _formula_mass(composition, name) for name, n in solvents.items()) / 1000.0
+    solvents = {name: n for name, n in formula.items() if name not in SALTS and _charge(name) == 0}
+    kg = sum(n * _formula_mass(name) for name, n in solvents.items()) / 1000.0
     amounts = {(name, "mol/kg"): n / kg for name, n in formula.items() if name not in solvents and kg > 0.0}
     if len(solvents) > 1:
         if composition.basis == "mol":
             share = solvents
         else:
-            share = {name: n * _formula_mass(composition, name) for name, n in solvents.items()}
+            share = {name: n * _formula_mass(name) for name, n in solvents.items()}
         if composition.basis == "vol":
             share = {name: grams / _density(name) for name, grams in share.items()}
         total = sum(share.values())
@@ -307,28 +307,30 @@ def _amounts(composition: Composition, formula: dict[str, float]) -> dict[tuple[
     return amounts
 
 
-def _parts(composition: Composition, name: str) -> dict[str, int]:
-    return salt(name) if name in SALTS and name not in composition.smiles else {name: 1}
+def _parts(name: str) -> dict[str, int]:
+    return salt(name) if name in SALTS else {name: 1}
 
 
-def _formula_mass(composition: Composition, name: str) -> float:
-    return sum(n * composition.molecule(part).molar_mass for part, n in _parts(composition, name).items())
+def _formula_mass(name: str) -> float:
+    return sum(n * molecule(part).molar_mass for part, n in _parts(name).items())
 
 
-def _formula_atoms(composition: Composition, name: str) -> int:
-    return sum(n * composition.molecule(part).n_atoms for part, n in _parts(composition, name).items())
+def _formula_atoms(name: str) -> int:
+    return sum(n * molecule(part).n_atoms for part, n in _parts(name).items())
 
 
-def _charge(composition: Composition, name: str) -> int:
-    return sum(n * composition.molecule(part).charge for part, n in _parts(composition, name).items())
+def _charge(name: str) -> int:
+    return sum(n * molecule(part).charge for part, n in _parts(name).items())
 
 
-def _salt_volume(composition: Composition, name: str) -> float:
-    return SALT_VOLUME.get(name, _formula_mass(composition, name) / UNKNOWN_SALT_DENSITY)
+def _salt_volume(name: str) -> float:
+    return SALT_VOLUME.get(name, _formula_mass(name) / UNKNOWN_SALT_DENSITY)
 
 
 def _density(name: str) -> float:
     if name not in PURE_DENSITY:
         known = ", ".join(PURE_DENSITY)
-        raise InputError(f"The density of pure {name} is not tabulated (known: {known}). Use wt or mol, and m for salts.")
+        raise InputError(
+            f"The density of pure {name} is not tabulated (known: {known}). Use wt or mol, and m for salts."
+        )
     return PURE_DENSITY[name][0]

@@ -1,0 +1,321 @@
+"""The configuration of a run: what a YAML file may say, with units, defaults and the reasons for refusing it.
+
+Quantities are text with a unit (``298 K``, ``20 ps``) and are kept in internal units (temperatures in K, wall times in
+seconds). ``load_config`` reads a file; every problem found is reported as ``file:line: key.path: problem``.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from ruamel.yaml import YAML
+
+from bamboo import units
+from bamboo.errors import InputError, suggest
+from bamboo.structure.molecules import IONS, SALTS, SOLVENTS
+from md.composition import Amount, Basis, Composition, parse_amount, parse_composition
+from md.quantities import (
+    Damping,
+    Density,
+    DensityRange,
+    Duration,
+    Force,
+    Length,
+    Pressure,
+    Ramp,
+    Temperature,
+    Timestep,
+    WallTime,
+    validator,
+)
+from md.yaml_source import Key, read_yaml
+
+SaltAmount = Annotated[
+    Amount,
+    validator(lambda text: parse_amount(str(text))),
+    PlainSerializer(lambda amount: f"{amount.value!r} {amount.unit}"),
+    WithJsonSchema({"type": "string"}),
+]
+Property = Literal["density", "viscosity", "conductivity", "diffusion", "coordination"]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CompositionBlock(_Block):
+    """The long form of ``electrolyte``: parts of solvents in a basis and amounts of salts, or exact counts."""
+
+    solvents: dict[str, Annotated[float, Field(strict=True, gt=0.0, le=1.0e6)]] = {}
+    basis: Basis | None = None
+    salts: dict[str, SaltAmount] = {}
+    counts: dict[str, Annotated[int, Field(strict=True, ge=1, le=10_000_000)]] = {}
+    density: Density | None = None
+
+
+class ConditionsBlock(_Block):
+    """The long form of ``temperature`` (and ``pressure``)."""
+
+    temperature: Temperature = 298.15
+    pressure: Pressure = units.BAR
+
+
+class ModelBlock(_Block):
+    """Which force field, and where it runs. ``name`` is a model of the zoo or a file."""
+
+    name: str = "default"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class BuildBlock(_Block):
+    """How the box is packed: about ``atoms`` atoms at ``density``, by default 0.85 of ideal mixing."""
+
+    atoms: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] = 1000
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 1
+    density: Density | None = None
+    tolerance: Length = 2.0
+
+
+class Minimise(_Block):
+    """Relax the packed box until the largest force is below ``force``, at most ``steps`` steps."""
+
+    kind: Literal["minimise"]
+    name: str | None = None
+    steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 200
+    force: Force = 0.5
+
+
+class _Dynamics(_Block):
+    name: str | None = None
+    time: Duration
+    timestep: Timestep = units.FEMTOSECOND
+    temperature: Ramp | None = None
+
+
+class NVE(_Dynamics):
+    """Constant energy."""
+
+    kind: Literal["nve"]
+
+
+class NVT(_Dynamics):
+    """Constant volume; ``volume: mean`` takes the mean volume of the NPT stage before."""
+
+    kind: Literal["nvt"]
+    thermostat: Literal["svr", "nose-hoover", "langevin"] = "svr"
+    damping: Damping = units.PICOSECOND
+    volume: Literal["current", "mean"] = "current"
+
+
+class NPT(_Dynamics):
+    """Constant pressure: stochastic cell and velocity rescaling, or Martyna-Tobias-Klein (for equilibrated boxes)."""
+
+    kind: Literal["npt"]
+    pressure: Pressure | None = None
+    barostat: Literal["c-rescale", "mtk"] = "c-rescale"
+    damping: Damping = 0.1 * units.PICOSECOND
+    barostat_damping: Damping = units.PICOSECOND
+
+
+Stage = Annotated[Minimise | NVE | NVT | NPT, Field(discriminator="kind")]
+
+
+class GuardsBlock(_Block):
+    """Limits beyond which a run stops: the box is boiling, collapsing, or atoms fuse."""
+
+    max_temperature: Temperature = 1500.0
+    density: DensityRange = (0.3 * units.GRAM_PER_CM3, 3.0 * units.GRAM_PER_CM3)
+    min_distance: Length = 0.5
+
+
+class OutputBlock(_Block):
+    """How often what is written: frames, lines of thermo.csv, and pressure tensor with charge current."""
+
+    trajectory_every: Duration = units.PICOSECOND
+    thermo_every: Duration = 0.1 * units.PICOSECOND
+    transport_every: Duration = 5.0 * units.FEMTOSECOND
+
+
+class CheckpointBlock(_Block):
+    """Restart files are written every so often in wall time; at ``wall_time`` the run stops with exit code 75."""
+
+    every: WallTime = 300.0
+    wall_time: WallTime | None = None
+
+
+class RunConfig(_Block):
+    """A whole run. ``electrolyte`` or ``composition``, the rest has defaults; ``stages: []`` asks for the protocol."""
+
+    electrolyte: Annotated[str, validator(lambda text: _checked_electrolyte(text))] | None = None
+    composition: CompositionBlock | None = None
+    temperature: Temperature | None = None
+    pressure: Pressure | None = None
+    conditions: ConditionsBlock | None = None
+    model: Annotated[
+        ModelBlock, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    ] = ModelBlock()
+    properties: tuple[Property, ...] = get_args(Property)
+    build: BuildBlock = BuildBlock()
+    stages: Annotated[tuple[Stage, ...], Field(max_length=50)] = ()
+    guards: GuardsBlock = GuardsBlock()
+    output: OutputBlock = OutputBlock()
+    checkpoint: CheckpointBlock = CheckpointBlock()
+
+    @property
+    def temperature_K(self) -> float:
+        """Temperature of the run [K]."""
+        block = self.conditions or ConditionsBlock()
+        return float(self.temperature if self.temperature is not None else block.temperature)
+
+    @property
+    def target_pressure(self) -> float:
+        """Pressure of the run [eV/Å^3]."""
+        block = self.conditions or ConditionsBlock()
+        return float(self.pressure if self.pressure is not None else block.pressure)
+
+    def what(self) -> Composition:
+        """Return the composition, from its text or its block."""
+        if self.electrolyte is not None:
+            return parse_composition(self.electrolyte)
+        block = self.composition or CompositionBlock()
+        density = None if block.density is None else float(block.density) / units.GRAM_PER_CM3
+        return Composition(dict(block.solvents), block.basis or "wt", dict(block.salts), dict(block.counts), density)
+
+
+def _checked_electrolyte(text: object) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"{str(text)[:60]!r} is not text such as '1 m LiPF6 in EC:DMC 30:70 wt'.")
+    parse_composition(text)
+    return text
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read and check a configuration file; raises InputError that lists every problem, one per line."""
+    source = read_yaml(Path(path))
+    try:
+        config = RunConfig.model_validate(source.data)
+    except ValidationError as error:
+        problems = [_explain(details) for details in error.errors()]
+    else:
+        problems = _cross_checks(config)
+        if not problems:
+            return config
+    problems.sort(key=lambda problem: source.line(problem[0]))
+    raise InputError("\n".join(dict.fromkeys(source.message(*problem) for problem in problems)))
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the configuration as YAML with all defaults; ``load_config`` reads it back (to 12 digits)."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(config.model_dump(mode="json", exclude_none=True), stream)
+    return stream.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the configuration file, for editors."""
+    return RunConfig.model_json_schema()
+
+
+def _cross_checks(config: RunConfig) -> list[tuple[Key, str]]:
+    """Rules that join several keys; each problem with the key it belongs to."""
+    problems: list[tuple[Key, str]] = []
+    if (config.electrolyte is None) == (config.composition is None):
+        problems.append((("composition",) if config.composition else (), _ONE_COMPOSITION))
+    if config.conditions is not None:
+        for name in ("temperature", "pressure"):
+            if getattr(config, name) is not None:
+                problems.append(((name,), f"given here and in `conditions`. Keep `conditions.{name}` or this one."))
+    if config.composition is not None:
+        problems += _check_block(config.composition)
+    seen_npt = False
+    for index, stage in enumerate(config.stages):
+        if isinstance(stage, NVT) and stage.volume == "mean" and not seen_npt:
+            problems.append((("stages", index, "volume"), "the mean volume needs an npt stage before this one."))
+        if not isinstance(stage, Minimise) and stage.time < stage.timestep:
+            problems.append((("stages", index, "time"), "shorter than one timestep."))
+        seen_npt = seen_npt or isinstance(stage, NPT)
+    low, high = config.guards.density
+    if low >= high:
+        problems.append((("guards", "density"), "the lower limit is not below the upper one."))
+    return problems
+
+
+_ONE_COMPOSITION = (
+    "give either `electrolyte: 1 m LiPF6 in EC:DMC 30:70 wt` or a `composition:` block with `solvents` or `counts`."
+)
+
+
+def _check_block(block: CompositionBlock) -> list[tuple[Key, str]]:
+    problems: list[tuple[Key, str]] = []
+    if bool(block.counts) == bool(block.solvents):
+        problems.append((("composition",), "give either `solvents` (with `basis` and `salts`) or `counts`."))
+    if block.counts and block.salts:
+        problems.append((("composition", "salts"), "exact `counts` already include the salts. Remove one of them."))
+    if len(block.solvents) > 1 and block.basis is None:
+        problems.append((("composition",), "several solvents need a `basis`: wt, mol or vol."))
+    tables: list[tuple[str, dict[str, Any], str]] = [
+        ("solvents", {**SOLVENTS}, "solvent"),
+        ("salts", {**SALTS}, "salt"),
+        ("counts", {**SOLVENTS, **SALTS, **IONS}, "molecule"),
+    ]
+    for field, table, noun in tables:
+        for name in getattr(block, field):
+            if name not in table:
+                hint = suggest(name, table) or f" Known: {', '.join(table)}."
+                problems.append((("composition", field, name), f"unknown {noun} '{name}'.{hint}"))
+    return problems
+
+
+def _explain(details: Any) -> tuple[Key, str]:
+    """Turn one pydantic error into the key as the user wrote it and a message about it."""
+    kind, given, context = details["type"], details["input"], details.get("ctx", {})
+    location = details["loc"]
+    # pydantic puts the tag of a union behind the index of the stage; the user did not write it as a key
+    key: Key = tuple(
+        part for i, part in enumerate(location) if not (part in STAGES and i == 2 and location[0] == "stages")
+    )
+    word = str(key[-1]) if key else ""
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        hint = suggest(word, known) or f" Known keys: {', '.join(known)}."
+        return key, f"unknown key '{word[:40]}'.{hint}"
+    if kind == "missing":
+        if isinstance(key[-1], int):
+            return key[:-1], "expected two values, [from, to]."
+        return key[:-1], f"the key '{word}' is missing."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = str(context.get("tag", ""))
+        found = f"unknown kind '{tag[:40]}'." if tag else "the key 'kind' is missing."
+        return (*key, "kind"), found + (suggest(tag, STAGES) or f" Known kinds: {', '.join(STAGES)}.")
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        hint = suggest(str(given), choices) or f" Known: {', '.join(choices)}."
+        return key, f"unknown value {given!r:.60}.{hint}"
+    if kind == "bamboo":
+        return key, str(details["msg"])
+    expected = _EXPECTED.get(kind, str(details["msg"]).replace("Input should be", "expected"))
+    return key, f"{expected}, got {given!r:.60}."
+
+
+STAGES: dict[str, type[BaseModel]] = {"minimise": Minimise, "nvt": NVT, "npt": NPT, "nve": NVE}
+_EXPECTED = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected `key: value` lines")
+_EXPECTED |= dict.fromkeys(("list_type", "tuple_type"), "expected a list")
+_EXPECTED |= dict.fromkeys(("too_long",), "expected a shorter list")
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that the model at a location accepts."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if part in STAGES:
+            model = STAGES[str(part)]
+        elif isinstance(part, str) and part in model.model_fields:
+            nested = model.model_fields[part].annotation
+            options = [nested, *get_args(nested)]
+            model = next((cls for cls in options if isinstance(cls, type) and issubclass(cls, BaseModel)), model)
+    return list(model.model_fields)
