@@ -143,7 +143,9 @@ class ForceField(nn.Module):
             cell = batch.cell + batch.cell @ strain
             terms, charges, raw = self._terms(batch, strained, cell, neighbors=neighbors, fixed_terms=fixed_terms)
             energy = torch.stack(list(terms.values())).sum(0)
-            gradient, strain_gradient = torch.autograd.grad(energy.sum(), (positions, strain), create_graph=create_graph)
+            gradient, strain_gradient = torch.autograd.grad(
+                energy.sum(), (positions, strain), create_graph=create_graph
+            )
             dipole = system_sum(charges[:, None] * batch.positions, batch.system_index, batch.n_systems)
         outputs = (energy, -gradient, -strain_gradient, charges, dipole, raw)
         if not create_graph:

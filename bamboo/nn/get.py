@@ -53,7 +53,7 @@ class NetworkConfig:
 class Edges:
     """Everything a layer needs to know about the edges, computed once for all layers.
 
-    i, j (n_edges,) receiver and sender; feature (n_edges, F); envelope (n_edges,); direction (n_edges, 3) = r_ij / |r_ij|.
+    i, j (n_edges,) receiver and sender; feature (n_edges, F); envelope (n_edges,); direction (n_edges, 3), unit vectors.
     """
 
     i: torch.Tensor
@@ -165,6 +165,4 @@ class GraphEquivariantTransformer(nn.Module):
 def mlp(channels: int) -> nn.Sequential:
     """Return a head: F -> F/2 -> F/2 -> 1 with SiLU between."""
     half = channels // 2
-    return nn.Sequential(
-        nn.Linear(channels, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, 1)
-    )
+    return nn.Sequential(nn.Linear(channels, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, 1))

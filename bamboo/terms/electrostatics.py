@@ -49,9 +49,7 @@ def reciprocal_energy(
 
     charges (n,), positions (n, 3), cell (3, 3); cutoff [Å] of the real-space part, which fixes alpha.
     """
-    potential = CoulombPotential(
-        smearing=1.0 / (math.sqrt(2.0) * splitting(cutoff)), prefactor=units.COULOMB_CONSTANT
-    )
+    potential = CoulombPotential(smearing=1.0 / (math.sqrt(2.0) * splitting(cutoff)), prefactor=units.COULOMB_CONSTANT)
     mesh = P3MCalculator(potential, mesh_spacing=MESH_SPACING, interpolation_nodes=MESH_NODES).to(
         device=positions.device, dtype=positions.dtype
     )

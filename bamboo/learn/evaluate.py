@@ -1,0 +1,97 @@
+"""How far a force field is from labels it was not trained on."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch_geometric.data import Data
+from torch_geometric.loader import DataLoader
+
+from bamboo.forcefield import ForceField
+from bamboo.learn.samples import EdgeBudgetSampler, unpack
+
+MODERATE_FORCE = 150.0  # kcal/mol/Å: frames beyond are reported apart
+MODERATE_TEMPERATURE = 600.0  # K
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Root mean square errors over a set of frames, internal units (eV, Å, e); nan where no label is present.
+
+    forces per component; energy per atom; charges; dipole per component; pressure: mean signed and RMS error [eV/Å^3]
+    of periodic frames; raw_charge: RMS of Q - sum q~ per cluster.
+    """
+
+    n_frames: int
+    n_atoms: int
+    forces: float
+    energy_per_atom: float
+    charges: float
+    dipole: float
+    pressure_mean: float
+    pressure: float
+    raw_charge: float
+
+
+def evaluate(
+    force_field: ForceField,
+    samples: Sequence[Data],
+    groups: Sequence[str],
+    *,
+    edges_per_batch: int = 12000,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Errors]:
+    """Return the errors of each group of samples and of all ("all"); ``groups`` names the group of each sample."""
+    sampler = EdgeBudgetSampler([s.edge_index.shape[1] for s in samples], budget=edges_per_batch, seed=0, shuffle=False)
+    collected: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    done = 0
+    for members, data in zip(
+        sampler.batches(),
+        DataLoader(list(samples), batch_sampler=sampler),  # type: ignore[arg-type]
+        strict=True,
+    ):
+        batch, neighbors = unpack(data)
+        output = force_field(batch, neighbors, fixed_terms=False)
+        sizes = batch.atoms_per_system
+        volume = np.abs(np.linalg.det(data.cell.numpy()))
+        for position, index in enumerate(members):
+            atoms = (batch.system_index == position).numpy()
+            virial = np.trace((output.virial - data.virial)[position].numpy())
+            error = {
+                "forces": (output.forces - data.forces).numpy()[atoms].ravel(),
+                "energy_per_atom": (output.energy - data.energy).numpy()[position : position + 1]
+                / int(sizes[position]),
+                "charges": (output.charges - data.charges).numpy()[atoms],
+                "dipole": (output.dipole - data.dipole).numpy()[position],
+                "pressure": np.array([virial / (3.0 * volume[position])]) if bool(batch.pbc[position]) else np.empty(0),
+                "raw_charge": (output.raw_charge - data.total_charge).numpy()[position : position + 1],
+            }
+            for name, values in error.items():
+                collected[groups[index]][name].append(values)
+                collected["all"][name].append(values)
+        done += len(members)
+        if progress is not None:
+            progress(done, len(samples))
+    return {group: _summary(parts) for group, parts in sorted(collected.items())}
+
+
+def _summary(parts: dict[str, list[np.ndarray]]) -> Errors:
+    def rms(name: str) -> float:
+        values = np.concatenate(parts[name])
+        values = values[np.isfinite(values)]
+        return float(np.sqrt(np.mean(values**2))) if len(values) else float("nan")
+
+    pressure = np.concatenate(parts["pressure"])
+    pressure = pressure[np.isfinite(pressure)]
+    return Errors(
+        n_frames=len(parts["energy_per_atom"]),
+        n_atoms=sum(len(values) for values in parts["charges"]),
+        forces=rms("forces"),
+        energy_per_atom=rms("energy_per_atom"),
+        charges=rms("charges"),
+        dipole=rms("dipole"),
+        pressure_mean=float(pressure.mean()) if len(pressure) else float("nan"),
+        pressure=rms("pressure"),
+        raw_charge=rms("raw_charge"),
+    )

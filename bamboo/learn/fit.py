@@ -1,0 +1,275 @@
+"""Fit a force field to quantum data: frames in, model file with a card out."""
+
+import csv
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from bamboo import checkpoint, units
+from bamboo.errors import InputError
+from bamboo.forcefield import ForceField, ForceFieldConfig
+from bamboo.learn.evaluate import MODERATE_FORCE, MODERATE_TEMPERATURE, Errors, evaluate
+from bamboo.learn.loop import Loop, LoopConfig, Progress
+from bamboo.learn.losses import LossWeights
+from bamboo.learn.samples import far_pairs, fit_reference_energies, make_samples
+from bamboo.nn.get import NetworkConfig
+from bamboo.quantum.dataset import Frame, read_frames
+from bamboo.terms.d3_table import fill_d3_table
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkBlock(_Block):
+    """Size and kind of the network; see ``NetworkConfig``."""
+
+    channels: Annotated[int, Field(ge=4, le=512)] = 64
+    heads: Annotated[int, Field(ge=1, le=64)] = 16
+    layers: Annotated[int, Field(ge=2, le=8)] = 3
+    n_radial: Annotated[int, Field(ge=4, le=128)] = 32
+    attention: Literal["get", "gedt"] = "get"
+
+
+class WeightsBlock(_Block):
+    """Weights of the loss; see ``LossWeights``."""
+
+    forces: Annotated[float, Field(ge=0)] = 1.0
+    energy: Annotated[float, Field(ge=0)] = 1.0
+    charges: Annotated[float, Field(ge=0)] = 0.2
+    dipole: Annotated[float, Field(ge=0)] = 0.3
+    virial: Annotated[float, Field(ge=0)] = 1.0
+    raw_charge: Annotated[float, Field(ge=0)] = 1.0
+
+
+class LoopBlock(_Block):
+    """How to optimise; see ``LoopConfig``."""
+
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 40
+    edges_per_batch: Annotated[int, Field(ge=100)] = 6000
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4.0e-3
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0e-4
+    gradient_clip: Annotated[float, Field(gt=0)] = 10.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    save_seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class TrainConfig(_Block):
+    """What ``bamboo-md train train.yaml`` reads.
+
+    data       HDF5 files of frames (``bamboo-md data import`` makes them)
+    output     model file to write; its folder also takes the CSV log and the saved state
+    start      zoo name or model file whose weights to begin from; without it, new weights
+    max_force  eV/Å; frames with a larger force component are left out
+    far_pairs  share of constructed frames of two clusters far apart
+    """
+
+    data: Annotated[list[Path], Field(min_length=1)]
+    output: Path
+    start: str | None = None
+    network: NetworkBlock = NetworkBlock()
+    weights: WeightsBlock = WeightsBlock()
+    loop: LoopBlock = LoopBlock()
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_force: Annotated[float, Field(gt=0)] = 20.0
+    far_pairs: Annotated[float, Field(ge=0, le=1)] = 0.03
+    description: str = ""
+
+
+def largest_force(frame: Frame) -> float:
+    """Return the largest force on an atom [eV/Å], nan where forces are not labelled."""
+    forces = frame.labels.forces
+    return float("nan") if forces is None else float(np.linalg.norm(forces, axis=1).max())
+
+
+def held_out_group(frame: Frame) -> str:
+    """Return the group in which a held-out frame is reported: its kind, or "hot" (beyond the stated range)."""
+    hot = largest_force(frame) >= MODERATE_FORCE * units.KCAL_PER_MOL or frame.temperature_K > MODERATE_TEMPERATURE
+    return "hot" if hot or frame.sampling in ("compressed", "distorted") else frame.kind
+
+
+def label_table(frames: Sequence[Frame]) -> str:
+    """Return the start-up table: which labels are there, per kind of frame."""
+    names = ("energy", "forces", "charges", "dipole", "virial")
+    lines = [f"{'kind':<12}{'frames':>8}{'atoms':>9}" + "".join(f"{name:>9}" for name in names)]
+    for kind, count in sorted(Counter(frame.kind for frame in frames).items()):
+        members = [frame for frame in frames if frame.kind == kind]
+        present = [sum(getattr(frame.labels, name) is not None for frame in members) for name in names]
+        atoms = sum(frame.system.n_atoms for frame in members)
+        lines.append(f"{kind:<12}{count:>8}{atoms:>9}" + "".join(f"{number:>9}" for number in present))
+    return "\n".join(lines)
+
+
+def _check_labels(frames: Sequence[Frame], weights: WeightsBlock) -> None:
+    """Refuse a weight that the user gave for a label that no frame has: it would be ignored silently."""
+    for name in sorted(weights.model_fields_set & {"forces", "charges", "dipole", "virial"}):
+        if getattr(weights, name) > 0 and all(getattr(frame.labels, name) is None for frame in frames):
+            raise InputError(f"weights.{name} > 0, but no frame has {name}. Set weights.{name}: 0 or add the label.")
+
+
+def load_frames(paths: Sequence[Path], *, max_force: float) -> list[Frame]:
+    """Return the frames of all files whose forces stay below ``max_force`` [eV/Å]."""
+    frames = [frame for path in paths for frame in read_frames(path)]
+    return [frame for frame in frames if not largest_force(frame) > max_force]
+
+
+def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceField:
+    """Return the force field to train: started from a model file, or new with the D3 table and fitted references."""
+    torch.manual_seed(config.seed)
+    if config.start is not None:
+        force_field = checkpoint.load(config.start)
+        unknown = {int(z) for frame in frames for z in frame.system.numbers} - set(
+            torch.nonzero(force_field.known).flatten().tolist()
+        )
+        if not unknown:
+            return force_field.train()
+        raise InputError(
+            f"{config.start} does not know the elements {sorted(unknown)} of the data; train from scratch."
+        )
+    force_field = ForceField(ForceFieldConfig(network=NetworkConfig(**config.network.model_dump())))
+    fill_d3_table(force_field.dispersion)
+    fit_reference_energies(force_field, frames)
+    return force_field.train()
+
+
+def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[str, Errors]:
+    """Train, write the model file with its card, return the held-out errors by group.
+
+    Continues exactly where an interrupted run of the same settings stopped (its state lies beside the output).
+    """
+    folder = config.output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = load_frames(config.data, max_force=config.max_force)
+    parts: dict[str, list[Frame]] = {
+        name: [f for f in frames if f.split == name] for name in ("train", "validation", "test")
+    }
+    if not parts["train"]:
+        raise InputError("No frames are left for training; check `data` and `max_force`.")
+    _check_labels(parts["train"], config.weights)
+    say(label_table(frames))
+    force_field = prepare_force_field(config, parts["train"])
+    pairs = far_pairs(parts["train"], round(config.far_pairs * len(parts["train"])), seed=config.seed)
+    samples = make_samples(force_field, [*parts["train"], *pairs])
+    validation = make_samples(force_field, parts["validation"])
+    validation_groups = [held_out_group(frame) for frame in parts["validation"]]
+    say(f"{len(samples)} frames to train on ({len(pairs)} far pairs), {len(validation)} to choose by")
+
+    loop = Loop(
+        force_field,
+        samples,
+        weights=LossWeights(**config.weights.model_dump()),
+        config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
+        state_path=config.output.with_suffix(".state.safetensors"),
+    )
+    best = _Best(loop, config.output.with_suffix(".best.safetensors"))
+    log = config.output.with_suffix(".csv")
+    started = time.strftime("%Y-%m-%d")
+
+    def listener(progress: Progress) -> None:
+        line = (
+            f"epoch {progress.epoch:7.2f}/{config.loop.epochs}  loss {progress.losses.get('loss', math.nan):.3e}  "
+            f"forces {progress.losses.get('forces', math.nan):.3e}  lr {progress.learning_rate:.1e}  "
+            f"eta {progress.seconds_left / 60:.0f} min"
+        )
+        if not progress.epoch_ended:
+            say(line)
+            return
+        errors = evaluate(loop.averaged, validation, validation_groups) if validation else {}
+        moderate = _pooled(errors)
+        best.offer(moderate)
+        say(f"{line}  validation forces {moderate:.4f} eV/Å ({moderate / units.KCAL_PER_MOL:.2f} kcal/mol/Å)")
+        _log(log, progress, errors)
+
+    loop.run(listener)
+    final = best.force_field()
+    test = make_samples(final, parts["test"])
+    errors = evaluate(final, test, [held_out_group(frame) for frame in parts["test"]]) if test else {}
+    checkpoint.save(final, config.output, card=_card(config, frames, errors, started))
+    say(error_table(errors))
+    return errors
+
+
+def _pooled(errors: dict[str, Errors]) -> float:
+    """Return the force RMSE over all groups but "hot" [eV/Å]."""
+    moderate = [part for group, part in errors.items() if group not in ("all", "hot")]
+    atoms = sum(part.n_atoms for part in moderate)
+    return math.sqrt(sum(part.forces**2 * part.n_atoms for part in moderate) / atoms) if atoms else math.nan
+
+
+class _Best:
+    """Keeps the averaged weights with the smallest validation error on disk, so that a restart still knows them."""
+
+    def __init__(self, loop: Loop, path: Path) -> None:
+        self.loop, self.path = loop, path
+        resumed = path.exists() and loop.step > 0
+        self.error = float(checkpoint.describe(path)["card"]["validation"]) if resumed else math.inf
+
+    def offer(self, error: float) -> None:
+        if error < self.error or math.isnan(error):
+            self.error = error
+            checkpoint.save(self.loop.averaged, self.path, card={"validation": error})
+
+    def force_field(self) -> ForceField:
+        return checkpoint.load(self.path)
+
+
+def error_table(errors: dict[str, Errors]) -> str:
+    """Return held-out errors as a table in kcal/mol, Å, e, Debye, bar."""
+    lines = [
+        f"{'group':<12}{'frames':>8}{'forces':>10}{'energy/atom':>13}{'charges':>9}{'dipole':>8}{'P mean':>9}{'P rms':>8}"
+    ]
+    kcal = units.KCAL_PER_MOL
+    rows = {**errors, "pooled": None} if errors else {}
+    for group, part in rows.items():
+        if part is None:
+            lines.append(f"{'pooled':<12}{'':>8}{_pooled(errors) / kcal:>10.3f}   (all groups but hot)")
+            continue
+        lines.append(
+            f"{group:<12}{part.n_frames:>8}{part.forces / kcal:>10.3f}{part.energy_per_atom / kcal:>13.4f}"
+            f"{part.charges:>9.4f}{part.dipole / units.DEBYE:>8.3f}{part.pressure_mean / units.BAR:>9.0f}"
+            f"{part.pressure / units.BAR:>8.0f}"
+        )
+    return "\n".join([*lines, "(kcal/mol/Å, kcal/mol, e, D, bar; held-out trajectories)"])
+
+
+def _card(config: TrainConfig, frames: Sequence[Frame], errors: dict[str, Errors], date: str) -> dict[str, Any]:
+    return {
+        "description": config.description,
+        "date": date,
+        "levels": sorted({frame.labels.level for frame in frames}),
+        "frames": dict(Counter(frame.kind for frame in frames)),
+        "settings": json.loads(config.model_dump_json(exclude={"data", "output"})),
+        "held_out_force_rmse_kcal_mol_A": _pooled(errors) / units.KCAL_PER_MOL,
+        "held_out": {group: asdict(part) for group, part in errors.items()},
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def _log(path: Path, progress: Progress, errors: dict[str, Errors]) -> None:
+    """Append one row per epoch to the CSV log."""
+    row: dict[str, Any] = {
+        "epoch": round(progress.epoch),
+        "step": progress.step,
+        "learning_rate": progress.learning_rate,
+    }
+    row |= {f"train_{name}": value for name, value in sorted(progress.losses.items())}
+    row |= {f"validation_forces_{group}_eV_A": part.forces for group, part in errors.items()}
+    row["validation_forces_pooled_eV_A"] = _pooled(errors)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -1,0 +1,69 @@
+"""What training minimises: weighted, robust deviations from the labels that are present.
+
+All parts are averages over a batch in internal units (eV, Å, e). Robust means Huber's function,
+H(x) = x^2 / 2 for |x| < d and d (|x| - d / 2) beyond, so that a few violent contacts do not rule the gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import huber_loss
+from torch_geometric.data import Data
+
+from bamboo.forcefield import ForceFieldOutput
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each part; 0 leaves a label out.
+
+    forces      per component, (eV/Å)^-2
+    energy      per sqrt(n_atoms): H(dE / sqrt(n)), eV^-2
+    charges     e^-2
+    dipole      (e Å)^-2, clusters
+    virial      per sqrt(n_atoms), eV^-2, periodic boxes
+    raw_charge  ((Q - sum q~)^2 / n), e^-2: makes the charges nearly right before the total charge is shared out
+    """
+
+    forces: float = 1.0
+    energy: float = 1.0
+    charges: float = 0.2
+    dipole: float = 0.3
+    virial: float = 1.0
+    raw_charge: float = 1.0
+
+
+HUBER_WIDTH = {"forces": 0.1, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2}  # internal units
+
+
+def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return prediction minus label for every label that is present, scaled per sqrt(n_atoms) where it is extensive.
+
+    n_atoms (n_systems,); the values are flat tensors.
+    """
+    root = n_atoms.double().sqrt()
+    # the dipole of a charged cluster is compared about the same origin as its label: the difference has no origin
+    differences = {
+        "forces": output.forces - data.forces,
+        "energy": (output.energy - data.energy) / root,
+        "charges": output.charges - data.charges,
+        "dipole": output.dipole - data.dipole,
+        "virial": (output.virial - data.virial) / root[:, None, None],
+    }
+    return {name: value[~value.detach().isnan()] for name, value in differences.items()}
+
+
+def loss_parts(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the unweighted parts of the loss by name; parts without labels in this batch are absent."""
+    parts = {}
+    for name, deviation in deviations(output, data, n_atoms).items():
+        if len(deviation):
+            width = HUBER_WIDTH[name]
+            parts[name] = 2.0 * huber_loss(deviation, torch.zeros_like(deviation), delta=width)
+    parts["raw_charge"] = ((data.total_charge - output.raw_charge).square() / n_atoms).mean()
+    return parts
+
+
+def total_loss(parts: dict[str, torch.Tensor], weights: LossWeights) -> torch.Tensor:
+    """Return the weighted sum of the parts."""
+    return torch.stack([getattr(weights, name) * value for name, value in parts.items()]).sum()
