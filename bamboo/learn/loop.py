@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
@@ -64,6 +64,19 @@ class Progress:
     epoch_ended: bool
 
 
+def _moving_average(decay: float) -> Callable[..., None]:
+    """Return the update of an exponential moving average that forgets its start: decay rises as (1 + n) / (10 + n)."""
+
+    @torch.no_grad()
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], n_averaged: torch.Tensor | int) -> None:
+        n = int(n_averaged)
+        keep = min(decay, (1 + n) / (10 + n))
+        for old, new in zip(averaged, current, strict=True):
+            old.lerp_(new, 1.0 - keep)
+
+    return update
+
+
 class Loop:
     """Optimise the parameters of a force field that require a gradient."""
 
@@ -85,7 +98,7 @@ class Loop:
         self.loader = DataLoader(list(samples), batch_sampler=self.sampler)  # type: ignore[arg-type]
         trained = [parameter for parameter in force_field.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.average = AveragedModel(force_field, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.average = AveragedModel(force_field, multi_avg_fn=_moving_average(config.ema_decay))
         self.epoch = self.step = self.step_in_epoch = 0
         # batches of different epochs hold different frames: count the first and take it as typical
         self.n_steps = config.epochs * len(self.sampler.batches())

@@ -62,7 +62,7 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
         total_charge=batch.total_charge,
         edge_index=neighbors.edges.index.to(torch.int32),
         edge_shift=neighbors.edges.shift.to(torch.int8),
-        energy=torch.tensor([labels.energy - float(fixed)], dtype=torch.float64),
+        energy=torch.tensor([labels.energy - float(fixed.detach())], dtype=torch.float64),
         forces=_label(labels.forces, (n_atoms, 3)) + gradient,
         charges=_label(labels.charges, (n_atoms,)),
         dipole=_label(labels.dipole, (3,))[None],
