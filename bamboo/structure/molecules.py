@@ -147,8 +147,7 @@ def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
     The same SMILES gives the same geometry (fixed seed); stereocentres left open get one arbitrary configuration.
     Raises InputError for SMILES that cannot be read, embedded, or give an unphysical geometry.
     """
-    from rdkit import Chem, RDLogger
-    from rdkit.Chem import AllChem  # importing RDKit takes a while, so only here
+    from rdkit import Chem, RDLogger  # importing RDKit takes a while, so only here
 
     RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
     parsed = Chem.MolFromSmiles(smiles)
@@ -157,20 +156,26 @@ def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
     if len(Chem.GetMolFrags(parsed)) > 1:
         raise InputError(f"SMILES '{smiles}' holds several molecules; give one per molecule (salts: one per ion).")
     full = Chem.AddHs(parsed)
-    parameters = AllChem.ETKDGv3()
-    parameters.randomSeed = 2025
-    if len(AllChem.EmbedMultipleConfs(full, N_CONFORMERS, parameters)) == 0:
-        raise InputError(f"RDKit found no geometry for SMILES '{smiles}'. Check valences and ring strain.")
     built = Molecule(
         name=name or smiles,
         symbols=tuple(atom.GetSymbol() for atom in full.GetAtoms()),
-        positions=_centred(_lowest_conformer(full)),
+        positions=_relaxed_conformers(full, N_CONFORMERS)[0],
         charge=Chem.GetFormalCharge(full),
         bonds=tuple(sorted(tuple(sorted((b.GetBeginAtomIdx(), b.GetEndAtomIdx()))) for b in full.GetBonds())),
         smiles=smiles,
     )
     check_geometry(built)
     return built
+
+
+def conformers(name: str, n: int) -> list[NDArray[np.float64]]:
+    """Return up to ``n`` force-field conformers of a known molecule, (n_atoms, 3) Å each, lowest energy first."""
+    from rdkit import Chem
+
+    member = molecule(name)
+    if member.name in _TEMPLATES:
+        return [member.positions]
+    return _relaxed_conformers(Chem.AddHs(Chem.MolFromSmiles(member.smiles)), n)
 
 
 def check_geometry(checked: Molecule) -> None:
@@ -187,16 +192,21 @@ def check_geometry(checked: Molecule) -> None:
             raise InputError(f"Non-bonded pair {pair}, {ratio:.2f} of the covalent radii; expected > {MIN_NONBONDED}.")
 
 
-def _lowest_conformer(full: Any) -> NDArray[np.float64]:
-    """Relax all conformers of an RDKit molecule by force field and return the lowest, (n_atoms, 3)."""
+def _relaxed_conformers(full: Any, n: int) -> list[NDArray[np.float64]]:
+    """Embed conformers of an RDKit molecule with hydrogens, relax them by force field, and sort them by energy."""
     from rdkit.Chem import AllChem
 
     if full.GetNumAtoms() == 1:
-        return np.zeros((1, 3))
-    relax = AllChem.MMFFOptimizeMoleculeConfs if AllChem.MMFFHasAllMoleculeParams(full) else None
-    results = (relax or AllChem.UFFOptimizeMoleculeConfs)(full, maxIters=2000)
-    lowest = int(np.argmin([energy for _, energy in results]))
-    return np.asarray(full.GetConformer(lowest).GetPositions(), dtype=np.float64)
+        return [_centred(np.zeros((1, 3)))]
+    parameters = AllChem.ETKDGv3()
+    parameters.randomSeed = 2025
+    if len(AllChem.EmbedMultipleConfs(full, n, parameters)) == 0:
+        raise InputError(f"RDKit found no geometry for '{AllChem.MolToSmiles(full)}'. Check valences and ring strain.")
+    merck = AllChem.MMFFHasAllMoleculeParams(full)
+    relax = AllChem.MMFFOptimizeMoleculeConfs if merck else AllChem.UFFOptimizeMoleculeConfs
+    energies = [energy for _, energy in relax(full, maxIters=2000)]
+    positions = [np.asarray(shape.GetPositions(), dtype=np.float64) for shape in full.GetConformers()]
+    return [_centred(positions[k]) for k in np.argsort(energies, kind="stable")]
 
 
 def _from_template(name: str, *, smiles: str) -> Molecule:

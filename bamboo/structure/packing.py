@@ -202,7 +202,7 @@ def make_whole(system: System) -> System:
 
 
 def min_intermolecular_distance(system: System, *, cutoff_A: float = 6.0) -> float:
-    """Return the smallest distance [Å] between atoms of different molecules, through the boundary; inf beyond cutoff."""
+    """Return the smallest distance [Å] between atoms of different molecules, also through the boundary."""
     if system.molecule is None:
         raise InputError("min_intermolecular_distance needs System.molecule, the molecule index of each atom.")
     i, j, distance = _pairs(system, cutoff_A)

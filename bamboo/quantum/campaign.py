@@ -1,0 +1,234 @@
+"""Sampling campaigns that survive being stopped: many independent jobs, a few worker processes, one growing dataset.
+
+    python -m bamboo.quantum.campaign sample FOLDER            sample structures and label them with GFN2-xTB
+    python -m bamboo.quantum.campaign label FILE FOLDER        label the structures of an extended-XYZ file
+    python -m bamboo.quantum.campaign merge FOLDER... TARGET   merge finished folders into one HDF5 file
+
+Run the same command again to continue: finished jobs are skipped. Jobs come in a shuffled order, so whatever is
+finished at any moment is a balanced sample of the plan. A folder holds ``shard-NNN.h5``, ``finished.jsonl`` and
+``conformers.npz``.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from bamboo.errors import BambooError, InputError
+from bamboo.quantum.compositions import NAMES
+from bamboo.quantum.conformers import Library, build_library
+from bamboo.quantum.dataset import append_frames, count_table, merge_files, read_frames, write_frames
+from bamboo.quantum.sampling import RECIPES, Outcome, label_structure
+from bamboo.system import System
+
+# Trajectories per recipe: about 10 500 small frames, 600 of large clusters and 200 of periodic boxes.
+PLAN = {"dynamics": 360, "compressed": 90, "scan": 140, "distorted": 20, "large": 300, "periodic": 100}
+MAX_SHARD_BYTES = 4_000_000
+LICENCE = "CC0-1.0"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One trajectory: a recipe to run, or a given structure to label."""
+
+    name: str
+    recipe: str
+    structure: System | None = None
+    kind: str = ""
+    sampling: str = ""
+    temperature_K: float = float("nan")
+
+
+def plan_jobs(plan: Mapping[str, int], *, seed: int) -> list[Job]:
+    """List the jobs of a plan in a random order that depends on the seed alone."""
+    unknown = set(plan) - set(RECIPES)
+    if unknown:
+        raise InputError(f"Unknown recipe {sorted(unknown)}, expected some of {', '.join(RECIPES)}.")
+    jobs = [Job(f"{recipe}-{seed}-{k:05d}", recipe) for recipe, count in plan.items() for k in range(count)]
+    return [jobs[k] for k in np.random.default_rng(seed).permutation(len(jobs))]
+
+
+def structure_jobs(path: str | Path) -> list[Job]:
+    """List one job per structure of an extended-XYZ file, in a random order.
+
+    Read from each comment line: ``charge`` (total, e; default 0), ``kind`` (default periodic or large), ``sampling``
+    (default liquid), ``trajectory`` (default the file's name), ``temperature_K``; a column ``molecule`` is optional.
+    """
+    from ase.io import iread
+
+    jobs = []
+    for k, atoms in enumerate(iread(path, index=":", format="extxyz")):
+        system, info = System.from_atoms(atoms), atoms.info
+        trajectory = str(info.get("trajectory", Path(path).stem))
+        job = Job(
+            f"{trajectory}-{k:05d}",
+            "label",
+            structure=system,
+            kind=str(info.get("kind", "periodic" if system.pbc else "large")),
+            sampling=str(info.get("sampling", "liquid")),
+            temperature_K=float(info.get("temperature_K", float("nan"))),
+        )
+        jobs.append(job)
+    return [jobs[k] for k in np.random.default_rng(0).permutation(len(jobs))]
+
+
+def run_campaign(jobs: Sequence[Job], folder: str | Path, *, workers: int, seed: int, library: bool = True) -> None:
+    """Run the jobs that are not finished yet and append what they give; prints progress and the time left."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers, which import the numerical libraries anew
+    if library and not (folder / "conformers.npz").exists():
+        print("building the library of conformers ...", flush=True)
+        build_library(NAMES, seed=seed, n_starts=6).save(folder / "conformers.npz")
+    done = finished_jobs(folder)
+    remaining = [job for job in jobs if job.name not in done]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(remaining)} finished before, {workers} workers", flush=True)
+    begin, n_frames = time.monotonic(), 0
+    library_path = str(folder / "conformers.npz") if library else None
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(library_path, seed)
+    ) as pool:
+        futures = {pool.submit(_run_job, job): job for job in remaining}
+        for n_done, future in enumerate(as_completed(futures), start=1):
+            outcome, seconds = future.result()
+            _record(folder, futures.pop(future), outcome, seconds)
+            n_frames += len(outcome.frames)
+            if n_done % 20 == 0 or n_done == len(remaining):
+                minutes = (time.monotonic() - begin) / 60.0
+                left = minutes / n_done * (len(remaining) - n_done)
+                print(
+                    f"{n_done}/{len(remaining)} jobs, {n_frames} frames, {minutes:.1f} min, {left:.1f} left", flush=True
+                )
+
+
+def finished_jobs(folder: Path) -> set[str]:
+    """Return the names of finished jobs: those recorded, and those with stored frames (killed before recording)."""
+    record = folder / "finished.jsonl"
+    names = set()
+    if record.exists():
+        for line in record.read_text().splitlines():
+            try:
+                names.add(str(json.loads(line)["job"]))
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line cut short by a kill: its frames, if any, are found below
+    for shard in sorted(folder.glob("shard-*.h5")):
+        names |= {frame.trajectory for frame in read_frames(shard)}
+    return names
+
+
+def summary(folder: str | Path) -> str:
+    """Return the table of counts of a campaign, with the structures dropped and the time spent per recipe."""
+    folder = Path(folder)
+    frames = [frame for shard in sorted(folder.glob("shard-*.h5")) for frame in read_frames(shard)]
+    lines = [
+        count_table(frames),
+        "",
+        f"{'recipe':<12} {'jobs':>6} {'frames':>7} {'unconverged':>12} {'reacted':>8} {'rejected':>9} {'s/job':>7}",
+    ]
+    entries = [json.loads(line) for line in (folder / "finished.jsonl").read_text().splitlines()]
+    for recipe in sorted({entry["recipe"] for entry in entries}):
+        rows = [entry for entry in entries if entry["recipe"] == recipe]
+        frames_, bad, reacted, rejected, seconds = (
+            sum(row[key] for row in rows) for key in ("frames", "unconverged", "reacted", "rejected", "seconds")
+        )
+        lines.append(
+            f"{recipe:<12} {len(rows):>6} {frames_:>7} {bad:>12} {reacted:>8} {rejected:>9} {seconds / len(rows):>7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def provenance() -> dict[str, str]:
+    """Return the attributes written with the data: what computed it, how it was called, under which licence."""
+    programs = ("tblite", "ase", "rdkit", "packmol", "numpy", "h5py", "bamboo-md")
+    return {
+        "programs": ", ".join(f"{name} {version(name)}" for name in programs),
+        "method": "GFN2-xTB, doi 10.1021/acs.jctc.8b01176",
+        "command": shlex.join(["bamboo.quantum.campaign", *sys.argv[1:2]]),
+        "licence": LICENCE,
+    }
+
+
+_LIBRARY: Library | None = None
+_SEED = 0
+
+
+def _start_worker(library_path: str | None, seed: int) -> None:
+    global _LIBRARY, _SEED
+    os.nice(5)
+    _LIBRARY = Library.load(library_path) if library_path else None
+    _SEED = seed
+
+
+def _run_job(job: Job) -> tuple[Outcome, float]:
+    begin = time.monotonic()
+    outcome = Outcome(job.name)
+    digest = hashlib.sha256(job.name.encode()).digest()
+    generator = np.random.default_rng([_SEED, int.from_bytes(digest[:8], "big")])
+    if job.structure is not None:
+        label_structure(job.structure, outcome, kind=job.kind, sampling=job.sampling, temperature_K=job.temperature_K)
+    elif _LIBRARY is not None:
+        RECIPES[job.recipe](generator, _LIBRARY, outcome)
+    return outcome, time.monotonic() - begin
+
+
+def _record(folder: Path, job: Job, outcome: Outcome, seconds: float) -> None:
+    """Append the frames to the newest shard (a new one when it is full), then note the job as finished."""
+    if outcome.frames:
+        shards = sorted(folder.glob("shard-*.h5"))
+        if not shards or shards[-1].stat().st_size > MAX_SHARD_BYTES:
+            write_frames(folder / f"shard-{len(shards):03d}.h5", outcome.frames, provenance=provenance())
+        else:
+            append_frames(shards[-1], outcome.frames)
+    entry = {"job": job.name, "recipe": job.recipe, "frames": len(outcome.frames), "seconds": round(seconds, 2)}
+    entry |= {"unconverged": outcome.unconverged, "reacted": outcome.reacted, "rejected": outcome.rejected}
+    with open(folder / "finished.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bamboo.quantum.campaign", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sample = commands.add_parser("sample", help="sample and label structures")
+    label = commands.add_parser("label", help="label the structures of an extended-XYZ file")
+    merge = commands.add_parser("merge", help="merge campaign folders or HDF5 files into one file")
+    label.add_argument("structures", type=Path)
+    for command in (sample, label):
+        command.add_argument("folder", type=Path)
+        command.add_argument("--workers", type=int, default=2)
+        command.add_argument("--seed", type=int, default=1)
+    sample.add_argument("--scale", type=float, default=1.0, help="multiply the number of trajectories of the plan")
+    merge.add_argument("sources", type=Path, nargs="+")
+    merge.add_argument("target", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "merge":
+            shards = [
+                s for path in options.sources for s in (sorted(path.glob("shard-*.h5")) if path.is_dir() else [path])
+            ]
+            print(count_table(merge_files(shards, options.target)))
+            return 0
+        sampled = options.command == "sample"
+        plan = {recipe: round(count * options.scale) for recipe, count in PLAN.items()} if sampled else {}
+        jobs = plan_jobs(plan, seed=options.seed) if sampled else structure_jobs(options.structures)
+        run_campaign(jobs, options.folder, workers=options.workers, seed=options.seed, library=sampled)
+        print(summary(options.folder))
+    except BambooError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
