@@ -1,0 +1,203 @@
+"""The loop: steps, guards, reports, checkpoints, signals."""
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from bamboo.errors import CheckpointedStop, GuardError, InputError
+from bamboo.units import BAR
+from md.engine import restart
+from md.engine.guards import CAUSE_BLOWUP, Guard, Violation, check_guards, guard_error
+from md.engine.integrators import Integrator
+from md.engine.reporters import ProgressDisplay, ProgressReport, Reporter
+from md.engine.state import Evaluator, MDState
+
+PROGRESS_INTERVAL_S = 1.0
+
+
+class Simulation:
+    """One stage: a state that an integrator moves on, watched by guards, told by reporters, kept by checkpoints.
+
+    state               owned by the simulation and changed by it
+    resume              False: the stage starts here (``integrator.start``: clock at zero, first forces; old records of
+                        the reporters dropped); True: the state comes from a checkpoint of this stage, later records
+                        dropped
+    restart_folder      two checkpoint slots; None keeps no checkpoints and leaves signals alone
+    frame_folder        where blowup.extxyz goes when a guard stops the run
+    checkpoint_minutes  wall time between checkpoints
+    checkpoint_steps    number of steps between checkpoints as well; with it alone a run is reproducible bit for bit
+    stage               name for messages
+    info                notes for JSON, saved with every checkpoint
+    """
+
+    def __init__(
+        self,
+        state: MDState,
+        evaluator: Evaluator,
+        *,
+        integrator: Integrator,
+        reporters: Sequence[Reporter] = (),
+        guards: Sequence[Guard] = (),
+        progress: ProgressDisplay | None = None,
+        resume: bool = False,
+        restart_folder: Path | None = None,
+        frame_folder: Path | None = None,
+        checkpoint_minutes: float | None = 10.0,
+        checkpoint_steps: int | None = None,
+        stage: str = "simulation",
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        self.state, self.evaluator, self.integrator = state, evaluator, integrator
+        self.reporters, self.guards, self.progress = reporters, guards, progress
+        self.restart_folder, self.frame_folder = restart_folder, frame_folder
+        self.checkpoint_minutes, self.checkpoint_steps = checkpoint_minutes, checkpoint_steps
+        self.stage, self.info = stage, info
+        self._last_checkpoint = time.monotonic()
+        self._reset_evaluator()
+        if resume:
+            self._check_continues()
+        else:
+            integrator.start(state, evaluator)
+        self._fresh = not resume
+        for reporter in reporters:
+            reporter.truncate(state.step if resume else -1)
+
+    def run(self, n_steps: int) -> None:
+        """Take n_steps more steps.
+
+        Raises GuardError where a guard, a non-finite number or an overlap stops the run; after SIGTERM or SIGUSR1,
+        with a checkpoint saved, CheckpointedStop; after SIGINT (Ctrl-C) likewise KeyboardInterrupt.
+        """
+        first, last = self.state.step, self.state.step + n_steps
+        started, shown = time.monotonic(), -1.0
+        with _StopSignals(active=self.restart_folder is not None) as stop:
+            try:
+                if self._fresh:
+                    self._look()
+                    self._fresh = False
+                while self.state.step < last:
+                    self._step()
+                    self._look()
+                    elapsed = time.monotonic() - started
+                    if self.progress is not None and (elapsed - shown > PROGRESS_INTERVAL_S or self.state.step == last):
+                        self.progress.update(self._progress(first, last, elapsed))
+                        shown = elapsed
+                    if stop.received is not None:
+                        self.checkpoint()
+                        stop.leave(f"{self.stage} stopped at step {self.state.step}, checkpoint saved")
+                    if self._checkpoint_due() or self.state.step == last:
+                        self.checkpoint()
+            finally:
+                if self.progress is not None:
+                    self.progress.close()
+
+    def checkpoint(self) -> None:
+        """Save the state if there is a restart folder; guards look first, so what is saved is sound."""
+        if self.restart_folder is None:
+            return
+        self._stop_if(check_guards(self.state, self.guards))
+        for reporter in self.reporters:
+            reporter.flush()
+        restart.save(self.restart_folder, self.state, info=self.info)
+        self._reset_evaluator()
+        self._last_checkpoint = time.monotonic()
+
+    def _step(self) -> None:
+        try:
+            self.integrator.step(self.state, self.evaluator)
+        except InputError as error:  # at this point atoms on top of each other are no fault of the input
+            raise self._guard_error(Violation(None, str(error).rstrip("."), CAUSE_BLOWUP)) from error
+
+    def _look(self) -> None:
+        """Let the guards and reporters that are due see the state; forces are always looked at."""
+        step = self.state.step
+        guards = [guard for guard in self.guards if step % guard.stride == 0]
+        reporters = [reporter for reporter in self.reporters if step % reporter.stride == 0]
+        if guards or reporters or not bool(torch.isfinite(self.state.forces).all()):
+            self._stop_if(check_guards(self.state, guards))
+        if reporters:
+            self.state.conserved_energy = self.integrator.conserved_energy(self.state)
+        for reporter in reporters:
+            reporter.report(self.state)
+
+    def _stop_if(self, violation: Violation | None) -> None:
+        if violation is not None:
+            raise self._guard_error(violation)
+
+    def _guard_error(self, violation: Violation) -> GuardError:
+        folder = self.restart_folder if self.restart_folder and restart.exists(self.restart_folder) else None
+        return guard_error(
+            violation, self.state, stage=self.stage, frame_folder=self.frame_folder, restart_folder=folder
+        )
+
+    def _checkpoint_due(self) -> bool:
+        if self.checkpoint_steps is not None and self.state.step % self.checkpoint_steps == 0:
+            return True
+        minutes = (time.monotonic() - self._last_checkpoint) / 60.0
+        return self.checkpoint_minutes is not None and minutes >= self.checkpoint_minutes
+
+    def _reset_evaluator(self) -> None:
+        reset = getattr(self.evaluator, "reset", None)
+        if reset is not None:
+            reset()
+
+    def _check_continues(self) -> None:
+        """Refuse to continue with an integrator other than the one that wrote the checkpoint."""
+        expected = set(self.integrator.initial_variables(self.state))
+        same_variables = expected == set(self.state.variables)
+        if not same_variables or self.state.centre_of_mass_fixed != self.integrator.centre_of_mass_fixed:
+            raise InputError(
+                f"{self.stage}: the checkpoint holds the variables {sorted(self.state.variables)}, not those of "
+                f"{type(self.integrator).__name__}. Resume with the integrator that wrote it, or start a new stage."
+            )
+
+    def _progress(self, first: int, last: int, elapsed: float) -> ProgressReport:
+        state = self.state
+        rate = (state.step - first) / max(elapsed, 1.0e-9)
+        return ProgressReport(
+            stage=self.stage,
+            step=state.step,
+            last_step=last,
+            time_ps=state.time_fs / 1000.0,
+            temperature_K=float(state.temperature_K().mean()),
+            pressure_bar=float(state.pressure().mean()) / BAR,
+            density_g_cm3=float(state.density_g_cm3.mean()),
+            steps_per_second=rate,
+            ns_per_day=rate * self.integrator.timestep_fs * 86400.0 * 1.0e-6,
+            eta_s=(last - state.step) / rate,
+        )
+
+
+class _StopSignals:
+    """Notes SIGTERM, SIGUSR1 and SIGINT instead of dying of them; a second one acts as it would have before."""
+
+    def __init__(self, *, active: bool) -> None:
+        self.received: int | None = None
+        main = threading.current_thread() is threading.main_thread()
+        self._signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if active and main else ()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for number in self._signals:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._previous[number])
+
+    def leave(self, message: str) -> None:
+        """Raise what the signal asks for."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        raise CheckpointedStop(f"{message}; the same command continues it.")
