@@ -5,11 +5,10 @@ seconds). ``load_config`` reads a file; every problem found is reported as ``fil
 """
 
 import io
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from ruamel.yaml import YAML
 
 from bamboo import units
@@ -30,7 +29,8 @@ from md.quantities import (
     WallTime,
     validator,
 )
-from md.yaml_source import Key, read_yaml
+from md.yaml_model import load_yaml
+from md.yaml_source import Key
 
 SaltAmount = Annotated[
     Amount,
@@ -71,10 +71,14 @@ class ModelBlock(_Block):
 
 
 class BuildBlock(_Block):
-    """How the box is packed: about ``atoms`` atoms at ``density``, by default 0.85 of ideal mixing."""
+    """How the box is packed: about ``atoms`` atoms at ``density``, by default 0.85 of ideal mixing.
+
+    ``replicas`` boxes are packed from the seeds ``seed``, ``seed + 1``, ... and simulated together.
+    """
 
     atoms: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] = 1000
-    seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] = 1
+    replicas: Annotated[int, Field(strict=True, ge=1, le=256)] = 1
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1000)] = 1
     density: Density | None = None
     tolerance: Length = 2.0
 
@@ -105,7 +109,7 @@ class NVT(_Dynamics):
     """Constant volume; ``volume: mean`` takes the mean volume of the NPT stage before."""
 
     kind: Literal["nvt"]
-    thermostat: Literal["svr", "nose-hoover", "langevin"] = "svr"
+    thermostat: Literal["svr", "nhc", "langevin"] = "svr"
     damping: Damping = units.PICOSECOND
     volume: Literal["current", "mean"] = "current"
 
@@ -124,11 +128,15 @@ Stage = Annotated[Minimise | NVE | NVT | NPT, Field(discriminator="kind")]
 
 
 class GuardsBlock(_Block):
-    """Limits beyond which a run stops: the box is boiling, collapsing, or atoms fuse."""
+    """Limits beyond which a run stops: the box boils or collapses, atoms fuse, molecules break.
 
-    max_temperature: Temperature = 1500.0
-    density: DensityRange = (0.3 * units.GRAM_PER_CM3, 3.0 * units.GRAM_PER_CM3)
-    min_distance: Length = 0.5
+    max_temperature is a multiple of the highest temperature the thermostat aims at in a stage.
+    """
+
+    max_temperature: Annotated[float, Field(strict=True, gt=1.0, le=100.0)] = 3.0
+    density: DensityRange = (0.3 * units.GRAM_PER_CM3, 2.5 * units.GRAM_PER_CM3)
+    min_distance: Length = 0.6
+    broken_bonds: Literal["stop", "ignore"] = "stop"
 
 
 class OutputBlock(_Block):
@@ -147,7 +155,7 @@ class CheckpointBlock(_Block):
 
 
 class RunConfig(_Block):
-    """A whole run. ``electrolyte`` or ``composition``, the rest has defaults; ``stages: []`` asks for the protocol."""
+    """A whole run: ``electrolyte`` or ``composition``, the rest has defaults (stages: ``md.protocol``)."""
 
     electrolyte: Annotated[str, validator(lambda text: _checked_electrolyte(text))] | None = None
     composition: CompositionBlock | None = None
@@ -193,18 +201,8 @@ def _checked_electrolyte(text: object) -> str:
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read and check a configuration file; raises InputError that lists every problem, one per line."""
-    source = read_yaml(Path(path))
-    try:
-        config = RunConfig.model_validate(source.data)
-    except ValidationError as error:
-        problems = [_explain(details) for details in error.errors()]
-    else:
-        problems = _cross_checks(config)
-        if not problems:
-            return config
-    problems.sort(key=lambda problem: source.line(problem[0]))
-    raise InputError("\n".join(dict.fromkeys(source.message(*problem) for problem in problems)))
+    """Read and check the configuration of a run; raises InputError that lists every problem, one per line."""
+    return load_yaml(path, RunConfig, checks=_cross_checks)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -269,53 +267,3 @@ def _check_block(block: CompositionBlock) -> list[tuple[Key, str]]:
                 hint = suggest(name, table) or f" Known: {', '.join(table)}."
                 problems.append((("composition", field, name), f"unknown {noun} '{name}'.{hint}"))
     return problems
-
-
-def _explain(details: Any) -> tuple[Key, str]:
-    """Turn one pydantic error into the key as the user wrote it and a message about it."""
-    kind, given, context = details["type"], details["input"], details.get("ctx", {})
-    location = details["loc"]
-    # pydantic puts the tag of a union behind the index of the stage; the user did not write it as a key
-    key: Key = tuple(
-        part for i, part in enumerate(location) if not (part in STAGES and i == 2 and location[0] == "stages")
-    )
-    word = str(key[-1]) if key else ""
-    if kind == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        hint = suggest(word, known) or f" Known keys: {', '.join(known)}."
-        return key, f"unknown key '{word[:40]}'.{hint}"
-    if kind == "missing":
-        if isinstance(key[-1], int):
-            return key[:-1], "expected two values, [from, to]."
-        return key[:-1], f"the key '{word}' is missing."
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = str(context.get("tag", ""))
-        found = f"unknown kind '{tag[:40]}'." if tag else "the key 'kind' is missing."
-        return (*key, "kind"), found + (suggest(tag, STAGES) or f" Known kinds: {', '.join(STAGES)}.")
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        hint = suggest(str(given), choices) or f" Known: {', '.join(choices)}."
-        return key, f"unknown value {given!r:.60}.{hint}"
-    if kind == "bamboo":
-        return key, str(details["msg"])
-    expected = _EXPECTED.get(kind, str(details["msg"]).replace("Input should be", "expected"))
-    return key, f"{expected}, got {given!r:.60}."
-
-
-STAGES: dict[str, type[BaseModel]] = {"minimise": Minimise, "nvt": NVT, "npt": NPT, "nve": NVE}
-_EXPECTED = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected `key: value` lines")
-_EXPECTED |= dict.fromkeys(("list_type", "tuple_type"), "expected a list")
-_EXPECTED |= dict.fromkeys(("too_long",), "expected a shorter list")
-
-
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """Return the keys that the model at a location accepts."""
-    model: type[BaseModel] = RunConfig
-    for part in location:
-        if part in STAGES:
-            model = STAGES[str(part)]
-        elif isinstance(part, str) and part in model.model_fields:
-            nested = model.model_fields[part].annotation
-            options = [nested, *get_args(nested)]
-            model = next((cls for cls in options if isinstance(cls, type) and issubclass(cls, BaseModel)), model)
-    return list(model.model_fields)

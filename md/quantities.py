@@ -6,10 +6,11 @@ Values are kept in internal units; temperatures in K and wall times in seconds, 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError, core_schema
 
 from bamboo import units
 from bamboo.errors import InputError
@@ -48,53 +49,77 @@ def quantity_text(value: float, *, dimension: str) -> str:
 
 def validator(function: Callable[[Any], Any]) -> BeforeValidator:
     """Return the pydantic validator that a parser raising InputError makes."""
-
-    def validate(value: Any) -> Any:
-        try:
-            return function(value)
-        except InputError as error:
-            raise PydanticCustomError("bamboo", "{message}", {"message": str(error)}) from None
-
-    return BeforeValidator(validate)
+    return BeforeValidator(lambda value: _refused_by_pydantic(function, value))
 
 
-def _quantity(dimension: str, low: str, high: str) -> Any:
-    """A pydantic type: text with a unit, strictly above ``low`` and up to ``high``, kept in internal units."""
-    bottom, top = (parse_quantity(limit, dimension=dimension) for limit in (low, high))
+def _refused_by_pydantic(function: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return function(value)
+    except InputError as error:
+        raise PydanticCustomError("bamboo", "{message}", {"message": str(error)}) from None
 
-    def parse(text: object) -> float:
-        value = parse_quantity(text, dimension=dimension)
-        if not (math.isfinite(value) and bottom < value <= top):
-            raise InputError(f"{text} is out of range, expected more than {low} and at most {high}.")
+
+@dataclass(frozen=True)
+class Quantity:
+    """Annotation of a float: text with a unit, strictly above ``low`` and up to ``high``, kept in internal units."""
+
+    dimension: str
+    low: str
+    high: str
+
+    def parse(self, given: object) -> float:
+        """Return the value; raises InputError where it is no such quantity or out of range."""
+        value = parse_quantity(given, dimension=self.dimension)
+        low, high = (parse_quantity(limit, dimension=self.dimension) for limit in (self.low, self.high))
+        if not (math.isfinite(value) and low < value <= high):
+            raise InputError(f"{given} is out of range, expected more than {self.low} and at most {self.high}.")
         return value
 
-    return Annotated[
-        float,
-        validator(parse),
-        PlainSerializer(lambda value: quantity_text(value, dimension=dimension), return_type=str),
-        WithJsonSchema({"type": "string", "pattern": rf"^{_NUMBER}\s*({'|'.join(UNITS[dimension])})$"}),
-    ]
+    def text(self, value: float) -> str:
+        """Return the value as text."""
+        return quantity_text(value, dimension=self.dimension)
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            lambda given: _refused_by_pydantic(self.parse, given),
+            serialization=core_schema.plain_serializer_function_ser_schema(self.text),
+        )
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
+        return {"type": "string", "pattern": rf"^{_NUMBER}\s*({'|'.join(UNITS[self.dimension])})$"}
 
 
-def _pair(dimension: str, low: str, high: str) -> Any:
-    """A pydantic type: two quantities [a, b], or one text that stands for both."""
-    one = _quantity(dimension, low, high)
-    return Annotated[
-        tuple[one, one],  # type: ignore[valid-type]
-        BeforeValidator(lambda value: [value, value] if isinstance(value, str) else value),
-        PlainSerializer(lambda pair: [quantity_text(value, dimension=dimension) for value in pair]),
-        WithJsonSchema({"type": ["string", "array"]}),
-    ]
+@dataclass(frozen=True)
+class QuantityPair(Quantity):
+    """Annotation of a tuple: two quantities [from, to], or one text that stands for both."""
+
+    def parse_pair(self, given: object) -> tuple[float, float]:
+        """Return both values; raises InputError."""
+        if isinstance(given, list | tuple) and len(given) == 2:
+            return self.parse(given[0]), self.parse(given[1])
+        if isinstance(given, str):
+            return self.parse(given), self.parse(given)
+        raise InputError(f"expected one {self.dimension} or two, [from, to], got {str(given)[:60]!r}.")
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            lambda given: _refused_by_pydantic(self.parse_pair, given),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda pair: [self.text(v) for v in pair]),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        one = super().__get_pydantic_json_schema__(schema, handler)
+        return {"anyOf": [one, {"type": "array", "items": one, "minItems": 2, "maxItems": 2}]}
 
 
-Temperature = _quantity("temperature", "0 K", "5000 K")
-Ramp = _pair("temperature", "0 K", "5000 K")
-Pressure = _quantity("pressure", "-10 GPa", "100 GPa")
-Duration = _quantity("time", "0 fs", "1e6 ns")
-Timestep = _quantity("time", "0 fs", "5 fs")
-Damping = _quantity("time", "1 fs", "1 ns")
-WallTime = _quantity("wall time", "0 s", "10000 h")
-Length = _quantity("length", "0 A", "100 A")
-Density = _quantity("density", "0 g/cm3", "30 g/cm3")
-DensityRange = _pair("density", "0 g/cm3", "30 g/cm3")
-Force = _quantity("force", "0 eV/A", "1e6 eV/A")
+Temperature = Annotated[float, Quantity("temperature", "0 K", "5000 K")]
+Ramp = Annotated[tuple[float, float], QuantityPair("temperature", "0 K", "5000 K")]
+Pressure = Annotated[float, Quantity("pressure", "-10 GPa", "100 GPa")]
+Duration = Annotated[float, Quantity("time", "0 fs", "1e6 ns")]
+Timestep = Annotated[float, Quantity("time", "0 fs", "5 fs")]
+Damping = Annotated[float, Quantity("time", "1 fs", "1 ns")]
+WallTime = Annotated[float, Quantity("wall time", "0 s", "10000 h")]
+Length = Annotated[float, Quantity("length", "0 A", "100 A")]
+Density = Annotated[float, Quantity("density", "0 g/cm3", "30 g/cm3")]
+DensityRange = Annotated[tuple[float, float], QuantityPair("density", "0 g/cm3", "30 g/cm3")]
+Force = Annotated[float, Quantity("force", "0 eV/A", "1e6 eV/A")]

@@ -31,8 +31,8 @@ stages:
   - {kind: minimise, steps: 50, force: 1 eV/A}
   - {kind: nvt, name: melt, time: 1 ps, timestep: 0.5 fs, thermostat: langevin, temperature: [50 K, 313 K]}
   - {kind: npt, time: 0.02 ns, barostat: c-rescale}
-  - {kind: nvt, time: 1 ns, volume: mean, thermostat: nose-hoover}
-guards: {max_temperature: 1200 K, density: [0.2 g/cm3, 2500 kg/m3], min_distance: 0.06 nm}
+  - {kind: nvt, time: 1 ns, volume: mean, thermostat: nhc}
+guards: {max_temperature: 4.0, density: [0.2 g/cm3, 2500 kg/m3], min_distance: 0.06 nm}
 output: {trajectory_every: 1 ps, thermo_every: 100 fs, transport_every: 5 fs}
 checkpoint: {every: 10 min, wall_time: 23 h}
 """
@@ -112,6 +112,8 @@ def test_quantities_round_trip_in_every_unit() -> None:
             "electrolyte: DMC\ntemperature: -3 K",
             "electrolyte.yaml:2: temperature: -3 K is out of range, expected more than 0 K",
         ),
+        ("electrolyte: DMC\ntemperature: 0 K", "temperature: 0 K is out of range, expected more than 0 K"),
+        ("electrolyte: DMC\ntemperature: 5001 K", "temperature: 5001 K is out of range, expected more than 0 K"),
         ("electrolyte: DMC\ntemperature: 1e999 K", "electrolyte.yaml:2: temperature: 1e999 K is out of range"),
         (
             "electrolyte: DMC\ntemperature: hot",
@@ -149,7 +151,7 @@ def test_quantities_round_trip_in_every_unit() -> None:
             "electrolyte.yaml:3: stages.0.volume: the mean volume needs an npt stage before this one.",
         ),
         ("electrolyte: DMC\nstages:\n - {kind: nvt, time: 0.1 fs}", "stages.0.time: shorter than one timestep."),
-        ("electrolyte: DMC\nguards: {density: [1 g/cm3]}", "guards.density: expected two values, [from, to]."),
+        ("electrolyte: DMC\nguards: {density: [1 g/cm3]}", "guards.density: expected one density or two, [from, to]"),
         ("electrolyte: DMC\nguards: {density: [2 g/cm3, 1 g/cm3]}", "guards.density: the lower limit is not below"),
         ("electrolyte: DMC\nbuild: {atoms: true}", "build.atoms: expected a valid integer, got True."),
         (
