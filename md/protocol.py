@@ -1,0 +1,128 @@
+"""The recipe of a run: which stages, and what each means for the engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bamboo.system import System
+from bamboo.units import BAR, FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
+from md.config import NPT, NVE, NVT, Minimise, RunConfig, Stage
+from md.engine.barostats import MartynaTobiasKlein, StochasticCellRescaling
+from md.engine.guards import DensityRange, Guard, IntactMolecules, MaximumTemperature, MinimumDistance
+from md.engine.integrators import (
+    Integrator,
+    Langevin,
+    NoseHooverChain,
+    StochasticVelocityRescaling,
+    Thermostat,
+    VelocityVerlet,
+)
+from md.trajectory import Ensemble
+
+Dynamics = NVE | NVT | NPT
+
+THERMOSTATS: dict[str, type[Thermostat]] = {
+    "svr": StochasticVelocityRescaling,
+    "nhc": NoseHooverChain,
+    "langevin": Langevin,
+}
+BAROSTATS: dict[str, type[Thermostat]] = {"c-rescale": StochasticCellRescaling, "mtk": MartynaTobiasKlein}
+PACKING_FRACTION = 0.85  # of the estimated density: Packmol succeeds and no molecules interlock
+WARM_UP_START_K = 50.0
+TRANSPORT = {"viscosity", "conductivity", "diffusion"}
+
+
+def default_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """Return the standard protocol: relax, warm up, density at constant pressure, transport at the mean volume.
+
+    Warm-up: Langevin from 50 K at 0.5 fs, because a packed box releases heat. NPT: stochastic cell rescaling, which
+    does not oscillate from a dilute start. NVT: velocity rescaling with tau = 1 ps, which leaves the dynamics alone.
+    """
+    target = config.temperature_K
+    warm_up = NVT(
+        kind="nvt",
+        name="warm-up",
+        time=10.0 * PICOSECOND,
+        timestep=0.5 * FEMTOSECOND,
+        temperature=(min(WARM_UP_START_K, target), target),
+        thermostat="langevin",
+        damping=0.1 * PICOSECOND,
+    )
+    stages: list[Stage] = [Minimise(kind="minimise"), warm_up, NPT(kind="npt", time=500.0 * PICOSECOND)]
+    if TRANSPORT & set(config.properties):
+        stages.append(NVT(kind="nvt", time=2000.0 * PICOSECOND, volume="mean"))
+    return tuple(stages)
+
+
+def stage_name(index: int, stage: Stage) -> str:
+    """Return the name of a stage and of its folder, ``03-npt``."""
+    return f"{index + 1:02d}-{stage.name or stage.kind}"
+
+
+def temperatures(stage: Dynamics, *, temperature_K: float) -> tuple[float, float]:
+    """Return the temperature of the bath at the start and at the end of a stage [K]."""
+    return stage.temperature or (temperature_K, temperature_K)
+
+
+def n_steps(stage: Dynamics) -> int:
+    """Return the number of steps of a stage."""
+    return max(1, round(stage.time / stage.timestep))
+
+
+def stride(every: float, stage: Dynamics) -> int:
+    """Return the number of steps between records that are ``every`` [internal time] apart."""
+    return max(1, round(every / stage.timestep))
+
+
+def integrator(stage: Dynamics, *, temperature_K: float, pressure: float) -> Integrator:
+    """Return the integrator of a stage; pressure in eV/Å^3."""
+    timestep_fs = stage.timestep / FEMTOSECOND
+    if isinstance(stage, NVE):
+        return VelocityVerlet(timestep_fs=timestep_fs)
+    start, end = temperatures(stage, temperature_K=temperature_K)
+    common: dict[str, Any] = {
+        "timestep_fs": timestep_fs,
+        "temperature_K": end,
+        "thermostat_time_fs": stage.damping / FEMTOSECOND,
+    }
+    if start != end:
+        common |= {"ramp_from_K": start, "ramp_ps": stage.time / PICOSECOND}
+    if isinstance(stage, NPT):
+        target = stage.pressure if stage.pressure is not None else pressure
+        common |= {"pressure_bar": target / BAR, "barostat_time_fs": stage.barostat_damping / FEMTOSECOND}
+        return BAROSTATS[stage.barostat](**common)
+    return THERMOSTATS[stage.thermostat](**common)
+
+
+def ensemble(stage: Dynamics, *, pressure: float) -> Ensemble:
+    """Return what the analysis must know about how a stage was generated; pressure in eV/Å^3."""
+    if isinstance(stage, NVE):
+        return Ensemble("nve")
+    thermostat_time_ps = stage.damping / PICOSECOND
+    if isinstance(stage, NVT):
+        return Ensemble("nvt", thermostat=stage.thermostat, thermostat_time_ps=thermostat_time_ps)
+    target = stage.pressure if stage.pressure is not None else pressure
+    thermostat = "svr" if stage.barostat == "c-rescale" else "nhc"
+    return Ensemble(
+        "npt",
+        thermostat=thermostat,
+        barostat=stage.barostat,
+        thermostat_time_ps=thermostat_time_ps,
+        pressure_bar=target / BAR,
+    )
+
+
+def guards(config: RunConfig, stage: Dynamics, *, systems: Sequence[System]) -> list[Guard]:
+    """Return the guards of a stage; ``systems`` as packed, whose bonds must stay."""
+    limits = config.guards
+    hottest = max(temperatures(stage, temperature_K=config.temperature_K))
+    watched: list[Guard] = [
+        MaximumTemperature(temperature_K=hottest, factor=limits.max_temperature),
+        DensityRange(
+            minimum_g_cm3=limits.density[0] / GRAM_PER_CM3,
+            maximum_g_cm3=limits.density[1] / GRAM_PER_CM3,
+        ),
+        MinimumDistance(distance=limits.min_distance),
+    ]
+    if limits.broken_bonds == "stop":
+        watched.append(IntactMolecules(systems=systems))
+    return watched

@@ -1,0 +1,128 @@
+"""Reporters that write a stage's HDF5 files, and the start structure for eyes and other programs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+
+from bamboo.elements import ATOMIC_MASSES
+from bamboo.structure.molecules import molecule
+from bamboo.structure.packing import formal_bonds, molecule_names
+from bamboo.system import System
+from md.engine.state import MDState, charge_current
+from md.topology import Topology
+from md.trajectory import Ensemble, ThermoWriter, TrajectoryWriter
+
+
+def build_topology(system: System, counts: dict[str, int]) -> Topology:
+    """Return the topology of a packed box: names, formal charges and bonds of its molecules in packing order."""
+    names = molecule_names(counts)
+    if system.molecule is None or int(system.molecule[-1]) + 1 != len(names):
+        raise ValueError("The box does not hold the molecules it was packed from.")
+    return Topology(
+        numbers=system.numbers,
+        masses=ATOMIC_MASSES[system.numbers],
+        molecule=system.molecule,
+        molecule_names=names,
+        molecule_charges=np.array([molecule(name).charge for name in names], dtype=np.float64),
+        bonds=tuple((int(i), int(j)) for i, j in formal_bonds(names)),
+    )
+
+
+def trajectory_path(folder: Path, replica: int) -> Path:
+    """Return the trajectory file of a replica: traj.h5, traj-2.h5, traj-3.h5, ..."""
+    return folder / ("traj.h5" if replica == 0 else f"traj-{replica + 1}.h5")
+
+
+class FrameRecorder:
+    """Writes unwrapped frames of all replicas, one ``traj.h5`` each."""
+
+    def __init__(self, folder: Path, topology: Topology, *, ensemble: Ensemble, stride: int, n_replicas: int) -> None:
+        self.stride = stride
+        self._folder, self._topology, self._ensemble, self._n_replicas = folder, topology, ensemble, n_replicas
+        self._writers: list[TrajectoryWriter] = []
+
+    def truncate(self, step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for replica in range(self._n_replicas):
+            path = trajectory_path(self._folder, replica)
+            resume_step = _prepare(path, step)
+            writer = TrajectoryWriter(path, self._topology, ensemble=self._ensemble, resume_step=resume_step)
+            self._writers.append(writer)
+
+    def report(self, state: MDState) -> None:
+        for writer, system in zip(self._writers, state.systems(), strict=True):
+            writer.append(state.step, state.time_fs / 1000.0, positions=system.positions, cell=system.cell)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        while self._writers:
+            self._writers.pop().close()
+
+
+class ThermoRecorder:
+    """Writes ``thermo.h5``: pressure tensor, charge current and thermodynamic series of all replicas."""
+
+    def __init__(self, folder: Path, topology: Topology, *, ensemble: Ensemble, stride: int, n_replicas: int) -> None:
+        self.stride = stride
+        self._path, self._ensemble, self._n_replicas = folder / "thermo.h5", ensemble, n_replicas
+        self._charges = torch.from_numpy(np.tile(topology.molecule_charges, n_replicas))
+        self._writer: ThermoWriter | None = None
+
+    def truncate(self, step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        resume_step = _prepare(self._path, step)
+        self._writer = ThermoWriter(
+            self._path, n_replicas=self._n_replicas, ensemble=self._ensemble, resume_step=resume_step
+        )
+
+    def report(self, state: MDState) -> None:
+        values = {
+            "temperature_K": state.temperature_K(),
+            "volume": state.volume,
+            "density_g_cm3": state.density_g_cm3,
+            "potential_energy": state.energy,
+            "kinetic_energy": state.kinetic_energy(),
+            "conserved_energy": state.conserved_energy,
+            "pressure": state.pressure_tensor(),
+            "charge_current": charge_current(state, self._charges.to(state.device)),
+        }
+        if self._writer is not None:
+            host = {name: value.detach().cpu().numpy() for name, value in values.items()}
+            self._writer.append(state.step, state.time_fs / 1000.0, values=host)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _prepare(path: Path, step: int) -> int | None:
+    """Return the step to resume a file behind, or None, with an old file removed, where the stage starts afresh."""
+    if step >= 0 and path.exists():
+        return step
+    path.unlink(missing_ok=True)
+    return None
+
+
+def write_pdb(path: Path, system: System, topology: Topology) -> None:
+    """Write one structure as PDB; molecules are residues. Fixed columns hold 99999 atoms, larger numbers wrap."""
+    lengths = np.linalg.norm(system.cell, axis=1)
+    lines = ["CRYST1" + "".join(f"{length:9.3f}" for length in lengths) + "  90.00  90.00  90.00 P 1           1"]
+    for index, (number, position) in enumerate(zip(system.numbers, system.positions, strict=True)):
+        residue = int(topology.molecule[index])
+        symbol = chemical_symbols[number]
+        x, y, z = position
+        lines.append(
+            f"HETATM{(index + 1) % 100000:5d} {symbol:<4s} {topology.molecule_names[residue][:3]:>3s} A"
+            f"{(residue + 1) % 10000:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00          {symbol:>2s}"
+        )
+    path.write_text("\n".join([*lines, "END"]) + "\n")
