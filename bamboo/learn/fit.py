@@ -56,7 +56,7 @@ class LoopBlock(_Block):
     """How to optimise; see ``LoopConfig``."""
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 40
-    edges_per_batch: Annotated[int, Field(ge=100)] = 6000
+    edges_per_batch: Annotated[int, Field(ge=10)] = 6000
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 4.0e-3
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 1.0e-4
