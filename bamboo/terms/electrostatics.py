@@ -1,6 +1,6 @@
 """Coulomb energy of the predicted charges, full 1/r beyond contact and finite inside.
 
-Pair energy  E_ij = k_e q_i q_j / (r0 (1 + softplus_beta((r - r0) / r0))),  softplus_beta(x) = log(1 + exp(beta x)) / beta,
+Pair energy E_ij = k_e q_i q_j / (r0 (1 + softplus_beta((r - r0) / r0))), softplus_beta(x) = log(1 + exp(beta x)) / beta
 with r0 = 2.2 Å and beta = 18.7 (Gong et al. 2025). Beyond 3.5 Å it equals k_e q_i q_j / r to 1e-9 relative.
 
 Clusters: all pairs. Periodic boxes: Ewald's split with the same alpha in both parts; in real space, within the cutoff,
@@ -13,6 +13,7 @@ import math
 import torch
 from torch.nn.functional import softplus
 from torchpme import P3MCalculator
+from torchpme.lib import P3MKSpaceFilter, generate_kvectors_for_mesh
 from torchpme.potentials import CoulombPotential
 
 from bamboo import units
@@ -42,6 +43,27 @@ def real_space_energy(charge_product: torch.Tensor, distance: torch.Tensor, cuto
     return (damped_coulomb(charge_product, distance) - long_range) * (distance < cutoff)
 
 
+class _MeshFilter(P3MKSpaceFilter):  # type: ignore[misc]
+    """torch-pme's influence function G(k) / U(k)^2, put right for tilted cells and for second derivatives.
+
+    U(k) = prod_c sinc(m_c / n_c)^nodes, with wave number m_c and n_c mesh points along lattice vector c; torch-pme
+    takes it along x, y, z, and its |k| has no second derivative at k = 0 (nan in training on virials).
+    """
+
+    cell: torch.Tensor
+    ns_mesh: torch.Tensor
+
+    def update(self, cell: torch.Tensor | None = None, ns_mesh: torch.Tensor | None = None) -> None:
+        """Take over a new cell (3, 3) and mesh (3,)."""
+        self.cell = self.cell if cell is None else cell
+        self.ns_mesh = self.ns_mesh if ns_mesh is None else ns_mesh
+        unit_mesh = torch.diag(self.ns_mesh).to(self.cell.dtype)
+        phase = generate_kvectors_for_mesh(ns=self.ns_mesh, cell=unit_mesh) / (2.0 * math.pi)  # m_c / n_c
+        k_squared = generate_kvectors_for_mesh(ns=self.ns_mesh, cell=self.cell).square().sum(-1)
+        assignment = torch.sinc(phase).prod(-1) ** (2 * self.interpolation_nodes)
+        self._kfilter = self.kernel.kernel_from_k_sq(k_squared) / assignment
+
+
 def reciprocal_energy(
     charges: torch.Tensor, positions: torch.Tensor, cell: torch.Tensor, *, cutoff: float
 ) -> torch.Tensor:
@@ -53,6 +75,10 @@ def reciprocal_energy(
     mesh = P3MCalculator(potential, mesh_spacing=MESH_SPACING, interpolation_nodes=MESH_NODES).to(
         device=positions.device, dtype=positions.dtype
     )
+    mesh.kspace_filter = _MeshFilter(
+        cell.detach(), torch.ones(3, dtype=torch.int64, device=cell.device), MESH_NODES, potential,
+        fft_norm="backward", ifft_norm="forward",
+    )  # fmt: skip
     none = torch.zeros(0, 2, dtype=torch.int64, device=positions.device)
-    at_atoms = mesh(charges[:, None], cell, positions, none, positions.new_zeros(0))
+    at_atoms: torch.Tensor = mesh(charges[:, None], cell, positions, none, positions.new_zeros(0))
     return (charges[:, None] * at_atoms).sum()

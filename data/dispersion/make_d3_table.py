@@ -35,7 +35,7 @@ def pair_energies(
 ) -> NDArray[np.float64]:
     """Return the undamped -C_power / r^power of each atom of one molecule with each of the other, (n, m) eV."""
     n = first.n_atoms
-    positions = np.vstack([first.positions, second.positions + [separation, 0.0, 0.0]])
+    positions = np.vstack([first.positions, second.positions + np.array([separation, 0.0, 0.0])])
     model = DispersionModel(np.concatenate([first.numbers, second.numbers]), positions / units.BOHR)
     model.set_realspace_cutoff(10.0 * separation, 0.0, 40.0)  # bohr: pairs, triples, coordination numbers
     shape = RationalDampingParam(s6=float(power == 6), s8=float(power == 8), s9=0.0, a1=0.0, a2=0.0)
@@ -77,8 +77,8 @@ def make_table() -> dict[str, object]:
         elements[symbol] = {"c6": 0.0, "c6_range": [0.0, 0.0], "radius": round(radius(symbol), 6), "n_atoms": 0}
     return {
         "units": {"c6": "eV Å^6", "radius": "Å"},
-        "method": "D3 reference C6 at the coordination numbers of the molecules below; (mean of sqrt(C6))^2 per element;"
-        " radius = sqrt(C8/C6) of two like atoms; unlike pairs: geometric means; none on alkali cations",
+        "method": "D3 reference C6 at the coordination numbers of the molecules below; (mean of sqrt(C6))^2 per"
+        " element; radius = sqrt(C8/C6) of two like atoms; unlike pairs: geometric means; none on alkali cations",
         "source": f"dftd3 {version('dftd3')} (s-dftd3), by data/dispersion/make_d3_table.py",
         "reference": "Grimme, Antony, Ehrlich, Krieg, J. Chem. Phys. 132, 154104 (2010)",
         "molecules": [each.name for each in molecules],
