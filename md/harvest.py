@@ -1,0 +1,173 @@
+"""Liquids simulated with the current model, cut into structures worth labelling: the loop that mends its own holes.
+
+A model meets in a liquid what its training set did not hold. ``harvest`` runs small boxes of random electrolytes at
+random densities and temperatures, keeps snapshots (small boxes as they are, larger ones cut into clusters with a full
+first shell), and where a guard stops a run it keeps the frames that led there. Label them, train again, repeat.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import torch
+
+from bamboo.errors import BambooError, InputError
+from bamboo.evaluator import Evaluator
+from bamboo.forcefield import ForceField
+from bamboo.quantum.compositions import random_liquid
+from bamboo.structure.molecules import molecule
+from bamboo.structure.packing import cut_cluster, molecule_names, pack_box
+from bamboo.system import System
+from md.engine.guards import IntactMolecules, MaximumTemperature, MinimumDistance
+from md.engine.integrators import Langevin
+from md.engine.minimiser import minimise
+from md.engine.simulation import Simulation
+from md.engine.state import MDState
+
+PACKING_SCALE = 0.85  # of the experimental density: packmol succeeds and no molecules interlock
+SQUEEZE_STEP = 0.005  # relative change of the box length at a time, on the way to the target density
+CLUSTER_ATOMS = (90, 180)  # clusters outside this range are not kept
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What to simulate.
+
+    n_boxes       number of independent boxes
+    n_atoms       size of a box; up to ~160 atoms the boxes themselves are kept, larger ones are cut into clusters
+    temperature_K, density_scale   ranges to draw from; density relative to the estimated experimental one
+    snapshots, interval_fs         snapshots per box and the time between them
+    clusters_per_snapshot          for boxes that are cut
+    """
+
+    n_boxes: int = 50
+    n_atoms: int = 120
+    temperature_K: tuple[float, float] = (298.0, 450.0)
+    density_scale: tuple[float, float] = (0.88, 1.12)
+    snapshots: int = 3
+    interval_fs: float = 300.0
+    clusters_per_snapshot: int = 2
+    seed: int = 0
+
+
+def harvest(force_field: ForceField, config: HarvestConfig, path: Path, *, say: Callable[[str], None] = print) -> int:
+    """Simulate, and append structures to an extended-XYZ file that ``bamboo-md data label`` reads; return their number.
+
+    Each carries charge, kind, sampling, trajectory and temperature_K in its comment line. Boxes already in the file are
+    skipped, so the same command continues.
+    """
+    finished = set()
+    if path.exists():
+        finished = {str(atoms.info["trajectory"]) for atoms in ase.io.iread(str(path), index=":", format="extxyz")}
+    written = stopped = 0
+    for index in range(config.n_boxes):
+        name = f"harvest-{config.seed}-{config.n_atoms}-{index:04d}"
+        if name in finished:
+            continue
+        generator = np.random.default_rng([config.seed, config.n_atoms, index])
+        structures, problem = _one_box(force_field, config, generator, name=name)
+        if structures:
+            ase.io.write(str(path), structures, format="extxyz", append=True)
+        written += len(structures)
+        stopped += problem is not None
+        say(f"box {index + 1}/{config.n_boxes}: {len(structures)} structures" + (f"; {problem}" if problem else ""))
+    say(f"{written} structures written to {path}; {stopped} of {config.n_boxes} boxes were stopped by a guard")
+    return written
+
+
+def _one_box(
+    force_field: ForceField, config: HarvestConfig, generator: np.random.Generator, *, name: str
+) -> tuple[list[ase.Atoms], str | None]:
+    """Simulate one box; return its structures and, where a guard stopped it, the first line of the reason."""
+    counts, density = random_liquid(generator, n_atoms=config.n_atoms, scale=config.density_scale, max_solvents=3)
+    temperature_K = float(generator.uniform(*config.temperature_K))
+    try:
+        system = pack_box(counts, density_g_cm3=PACKING_SCALE * density, seed=int(generator.integers(1, 2**31 - 1)))
+    except InputError as error:
+        return [], f"could not be packed: {str(error).splitlines()[0]}"
+    names = molecule_names(counts)
+    recent: list[System] = []
+    structures: list[ase.Atoms] = []
+    try:
+        for snapshot in _snapshots(force_field, config, system, density, temperature_K, recent=recent):
+            structures += _structures(snapshot, config, names, generator)
+    except BambooError as error:
+        # the last sound frames on the way to the failure are what the model must be taught
+        structures += [found for frame in recent[-2:] for found in _structures(frame, config, names, generator)]
+        problem = str(error).splitlines()[0]
+    else:
+        problem = None
+    for atoms in structures:
+        atoms.info |= {"trajectory": name, "temperature_K": temperature_K, "sampling": "liquid"}
+    return structures, problem
+
+
+def _snapshots(
+    force_field: ForceField,
+    config: HarvestConfig,
+    system: System,
+    density_g_cm3: float,
+    temperature_K: float,
+    *,
+    recent: list[System],
+) -> Iterator[System]:
+    """Relax, squeeze to the density while warming up, then yield snapshots; ``recent`` collects frames on the way."""
+    evaluator = Evaluator(force_field)
+    state = MDState.from_systems([system], temperature_K=temperature_K, seed=config.seed + 1)
+    minimise(state, evaluator, max_steps=80, force_tolerance=0.5)
+    state.draw_momenta(temperature_K)
+    integrator = Langevin(timestep_fs=0.5, temperature_K=temperature_K, thermostat_time_fs=50.0)
+    guards = [MaximumTemperature(temperature_K=temperature_K, factor=3.0), MinimumDistance(distance=0.6),
+              IntactMolecules(systems=[system])]  # fmt: skip
+    simulation = Simulation(state, evaluator, integrator=integrator, guards=guards, stage="harvest")
+    squeeze(simulation, density_g_cm3, after_each=lambda: recent.append(state.systems()[0]))
+    simulation.run(200)
+    steps = max(1, round(config.interval_fs / integrator.timestep_fs))
+    for _ in range(config.snapshots):
+        for _ in range(4):
+            simulation.run(max(1, steps // 4))
+            recent.append(state.systems()[0])
+        yield recent[-1]
+
+
+def squeeze(
+    simulation: Simulation, density_g_cm3: float, *, steps: int = 30, after_each: Callable[[], None] | None = None
+) -> None:
+    """Shrink the one box of a simulation to a density in small steps; dynamics in between lets go of the heat."""
+    state = simulation.state
+    while (gap := (float(state.density_g_cm3[0]) / density_g_cm3) ** (1.0 / 3.0) - 1.0) < -1.0e-4:
+        state.scale_box(torch.tensor([1.0 + max(gap, -SQUEEZE_STEP)], dtype=torch.float64))
+        state.evaluate(simulation.evaluator)
+        simulation.run(steps)
+        if after_each is not None:
+            after_each()
+
+
+def _structures(
+    system: System, config: HarvestConfig, names: tuple[str, ...], generator: np.random.Generator
+) -> list[ase.Atoms]:
+    """Return the box itself where it is small, else clusters with a full shell round random atoms."""
+    if system.n_atoms <= CLUSTER_ATOMS[1]:
+        atoms = system.to_atoms()
+        atoms.info["kind"] = "periodic"
+        return [atoms]
+    charges = np.array([float(molecule(name).charge) for name in names])
+    found: list[ase.Atoms] = []
+    for _ in range(8 * config.clusters_per_snapshot):
+        if len(found) == config.clusters_per_snapshot or system.molecule is None:
+            break
+        wanted = "Li" if generator.random() < 0.4 and "Li" in names else str(generator.choice(names))
+        centre = int(generator.choice([m for m, name in enumerate(names) if name == wanted]))
+        atom = int(generator.choice(np.flatnonzero(system.molecule == centre)))
+        try:
+            cluster, _ = cut_cluster(system, [atom], radius_A=5.0, molecule_charges=charges)
+        except InputError:
+            continue  # a molecule touches the core through two images; another core will do
+        if CLUSTER_ATOMS[0] <= cluster.n_atoms <= CLUSTER_ATOMS[1] and abs(cluster.total_charge) < 2.5:
+            atoms = cluster.to_atoms()
+            atoms.info["kind"] = "large"
+            found.append(atoms)
+    return found
