@@ -16,7 +16,8 @@ from md.engine.integrators import (
     Thermostat,
     VelocityVerlet,
 )
-from md.trajectory import Ensemble
+from md.quantities import quantity_text
+from md.topology import Ensemble
 
 Dynamics = NVE | NVT | NPT
 
@@ -37,20 +38,31 @@ def default_stages(config: RunConfig) -> tuple[Stage, ...]:
     Warm-up: Langevin from 50 K at 0.5 fs, because a packed box releases heat. NPT: stochastic cell rescaling, which
     does not oscillate from a dilute start. NVT: velocity rescaling with tau = 1 ps, which leaves the dynamics alone.
     """
-    target = config.temperature_K
-    warm_up = NVT(
-        kind="nvt",
-        name="warm-up",
-        time=10.0 * PICOSECOND,
-        timestep=0.5 * FEMTOSECOND,
-        temperature=(min(WARM_UP_START_K, target), target),
-        thermostat="langevin",
-        damping=0.1 * PICOSECOND,
+    start, target = (
+        quantity_text(value, dimension="temperature")
+        for value in (min(WARM_UP_START_K, config.temperature_K), config.temperature_K)
     )
-    stages: list[Stage] = [Minimise(kind="minimise"), warm_up, NPT(kind="npt", time=500.0 * PICOSECOND)]
+    warm_up = NVT.model_validate(
+        {
+            "kind": "nvt",
+            "name": "warm-up",
+            "time": "10 ps",
+            "timestep": "0.5 fs",
+            "temperature": [start, target],
+            "thermostat": "langevin",
+            "damping": "0.1 ps",
+        }
+    )
+    npt = NPT.model_validate({"kind": "npt", "time": "500 ps"})
+    stages: list[Stage] = [Minimise(kind="minimise"), warm_up, npt]
     if TRANSPORT & set(config.properties):
-        stages.append(NVT(kind="nvt", time=2000.0 * PICOSECOND, volume="mean"))
+        stages.append(NVT.model_validate({"kind": "nvt", "time": "2 ns", "volume": "mean"}))
     return tuple(stages)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Return the configuration with its stages written out."""
+    return config if config.stages else config.model_copy(update={"stages": default_stages(config)})
 
 
 def stage_name(index: int, stage: Stage) -> str:

@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, who may work in it, and whether it fits the configuration.
 
-    input.yaml resolved.yaml manifest.json start.extxyz start.pdb log.txt
-    stages/NN-name/{traj.h5, thermo.h5, thermo.csv}  restart/  properties.json  figures/  CITATIONS.bib
+input.yaml resolved.yaml manifest.json start.extxyz start.pdb log.txt
+stages/NN-name/{traj.h5, thermo.h5, thermo.csv}  restart/  properties.json  figures/  CITATIONS.bib
 """
 
 import fcntl

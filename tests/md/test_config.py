@@ -9,6 +9,7 @@ import pytest
 from bamboo import units
 from bamboo.errors import InputError
 from md.config import NPT, NVT, RunConfig, dump_config, json_schema, load_config
+from md.protocol import resolve
 from md.quantities import parse_quantity, quantity_text
 
 MINIMAL = """\
@@ -264,3 +265,12 @@ def test_five_hundred_damaged_files_never_cause_a_traceback(tmp_path: Path) -> N
         else:
             accepted += 1
     assert accepted < 250  # some damage is harmless; most must be noticed
+
+
+def test_the_default_protocol_can_be_written_and_read(tmp_path: Path) -> None:
+    config = resolve(load_config(write(tmp_path, MINIMAL)))
+    assert [stage.kind for stage in config.stages] == ["minimise", "nvt", "npt", "nvt"]
+    assert config.stages[1].temperature == (50.0, 298.0)  # type: ignore[union-attr]
+    assert dump_config(load_config(write(tmp_path, dump_config(config)))) == dump_config(config)
+    density_only = load_config(write(tmp_path, "electrolyte: DMC\nproperties: [density]\n"))
+    assert [stage.kind for stage in resolve(density_only).stages] == ["minimise", "nvt", "npt"]

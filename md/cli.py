@@ -1,0 +1,257 @@
+"""``bamboo-md``: parse, call, print. No physics, and nothing heavy is imported before a command needs it."""
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+from bamboo.errors import BambooError
+
+P = ParamSpec("P")
+app = typer.Typer(
+    name="bamboo-md",
+    help="Molecular dynamics of liquid electrolytes: from a line of text to density, viscosity and conductivity.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(help="Model files.", no_args_is_help=True)
+data_app = typer.Typer(help="Quantum data for training.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+app.add_typer(data_app, name="data")
+
+INTERRUPTED, BUG = 130, 1
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see `bamboo-md schema`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]
+
+
+def reported(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn exceptions into messages and exit codes: one line for the user, the traceback in error.log."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except BambooError as error:
+            _leave(str(error), error.exit_code)
+        except KeyboardInterrupt as error:
+            _leave(f"Interrupted. {error}".strip(), INTERRUPTED)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            Path("error.log").write_text(traceback.format_exc(), encoding="utf-8")
+            what = str(error).splitlines()[0][:200] if str(error) else "no message"
+            _leave(f"Internal error, a bug in bamboo-md: {type(error).__name__}: {what}. Details: error.log", BUG)
+
+    return wrapper
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+@app.command()
+@reported
+def run(
+    config: ConfigFile,
+    folder: Annotated[Path | None, typer.Option(help="Where results go; default: runs/<name of the file>.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build, simulate and analyse an electrolyte. The same command again continues an unfinished run."""
+    from rich.console import Console
+
+    from md.config import load_config
+    from md.workflows import run as run_workflow
+
+    properties = run_workflow(
+        load_config(config),
+        folder or Path("runs") / config.stem,
+        source=config,
+        console=Console(stderr=as_json),
+    )
+    if as_json:
+        _print_json({name: estimate.to_dict() for name, estimate in properties.items()})
+
+
+@app.command()
+@reported
+def check(config: ConfigFile, as_json: Json = False) -> None:
+    """Validate a file, pack its box, time the force field and estimate how long the run takes; no dynamics."""
+    from md.config import load_config
+    from md.workflows import check as check_workflow
+
+    result = check_workflow(load_config(config))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+
+
+@app.command()
+@reported
+def build(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option(help="Structure file to write (extended XYZ).")] = Path("start.extxyz"),
+) -> None:
+    """Pack the box of a configuration and write it."""
+    import ase.io
+
+    from md.config import load_config
+    from md.workflows import start_box
+
+    box, system = start_box(load_config(config))
+    ase.io.write(output, system.to_atoms(), format="extxyz")
+    print(f"{box}\nwrote {output}, {system.volume ** (1 / 3):.2f} Å box")
+
+
+@app.command()
+@reported
+def analyze(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    as_json: Json = False,
+) -> None:
+    """Compute the properties of a run again from its trajectories; writes properties.json and figures."""
+    from md.workflows import analyse_folder
+
+    properties, table = analyse_folder(folder)
+    if as_json:
+        _print_json({name: estimate.to_dict() for name, estimate in properties.items()})
+    else:
+        print("\n".join(table))
+
+
+@app.command()
+@reported
+def train(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a training.")]) -> None:
+    """Fit a force field to quantum data; run again to resume."""
+    from bamboo.learn.fit import TrainConfig
+    from bamboo.learn.fit import train as fit
+    from md.yaml_model import load_yaml
+
+    fit(load_yaml(config, TrainConfig))
+
+
+@app.command()
+@reported
+def schema() -> None:
+    """Print the JSON schema of the configuration file, for completion and checks in editors."""
+    from md.config import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+@reported
+def doctor() -> None:
+    """Report versions, devices and what is missing."""
+    from md.diagnosis import diagnose
+
+    report, healthy = diagnose()
+    print(report)
+    if not healthy:
+        raise typer.Exit(2)
+
+
+@app.command()
+@reported
+def bench(
+    model: Annotated[str, typer.Option(help="Model of the zoo or file.")] = "default",
+    atoms: Annotated[int, typer.Option(min=50, help="Approximate size of the box.")] = 1000,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Time one force evaluation of 1 m LiPF6 in EC:DMC 30:70 wt."""
+    from md.diagnosis import bench as measure
+
+    print(measure(model, atoms=atoms, device=device))
+
+
+@model_app.command("list")
+@reported
+def model_list() -> None:
+    """List the models that come with the package."""
+    from bamboo.checkpoint import describe, zoo
+
+    for name, path in zoo().items():
+        header = describe(path)
+        print(f"{name:<16s} {' '.join(header['elements'])}  {path.name}")
+
+
+@model_app.command("info")
+@reported
+def model_info(name: Annotated[str, typer.Argument(help="Model of the zoo or file.")]) -> None:
+    """Print the header of a model file: elements, settings, and the card with data, errors and caveats."""
+    from bamboo.checkpoint import describe
+
+    _print_json(describe(name))
+
+
+@model_app.command("import")
+@reported
+def model_import(
+    source: Annotated[Path, typer.Argument(help="Published checkpoint, benchmark.pt.")],
+    destination: Annotated[Path, typer.Argument(help="Model file to write, .safetensors.")],
+) -> None:
+    """Convert a published BAMBOO checkpoint (TorchScript) to a model file; nothing in it is executed."""
+    from bamboo.published import import_published
+
+    import_published(source, destination)
+    print(f"wrote {destination}")
+
+
+@data_app.command("info")
+@reported
+def data_info(file: Annotated[Path, typer.Argument(help="HDF5 file of frames.")]) -> None:
+    """Print provenance and counts of a data file."""
+    from bamboo.quantum.dataset import count_table, read_frames, read_provenance
+
+    for name, value in read_provenance(file).items():
+        print(f"{name}: {value}")
+    print(count_table(read_frames(file)))
+
+
+@data_app.command("merge")
+@reported
+def data_merge(
+    sources: Annotated[list[Path], typer.Argument(help="HDF5 files of frames.")],
+    output: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Merge data files; trajectories that appear twice are refused."""
+    from bamboo.quantum.dataset import count_table, merge_files
+
+    print(count_table(merge_files(sources, output)))
+
+
+@data_app.command("sample")
+@reported
+def data_sample(
+    folder: Annotated[Path, typer.Argument(help="Where frames go; run again to continue.")],
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    scale: Annotated[float, typer.Option(min=1.0e-6, help="Multiply the number of trajectories of the plan.")] = 1.0,
+) -> None:
+    """Sample clusters of electrolyte molecules and label them with GFN2-xTB (needs the extra `qm`)."""
+    from bamboo.quantum.campaign import PLAN, plan_jobs, run_campaign, summary
+
+    plan = {recipe: round(count * scale) for recipe, count in PLAN.items()}
+    run_campaign(plan_jobs(plan, seed=seed), folder, workers=workers, seed=seed)
+    print(summary(folder))
+
+
+def main() -> None:
+    """Entry point of ``bamboo-md``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

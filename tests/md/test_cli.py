@@ -1,0 +1,124 @@
+"""The command line: exit codes, messages on standard error, JSON on standard output, and a fast start."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bamboo.errors import BambooError, CheckpointedStop, GuardError, InputError, UnknownElementError
+from md import cli
+
+GOOD = "electrolyte: 1 m LiPF6 in EC:DMC 30:70 wt\nbuild: {atoms: 300}\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_starts_without_heavy_imports() -> None:
+    script = (
+        "import sys; sys.argv = ['bamboo-md', '--help']\n"
+        "from md.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'ase', 'rdkit', 'scipy', 'h5py', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Build, simulate and analyse" in result.stdout
+
+
+def test_bad_input_is_one_message_and_code_2(here: Path) -> None:
+    (here / "bad.yaml").write_text("electrolyte: EC:DMC 3:7\n")
+    code, out, err = invoke("run", "bad.yaml")
+    assert (code, out) == (2, "")
+    assert err == 'bad.yaml:1: electrolyte: "EC:DMC 3:7" has no basis. Write 3:7 wt, 3:7 mol or 3:7 vol.\n'
+    assert not (here / "runs").exists()
+
+
+def test_missing_files_and_unknown_commands_are_code_2(here: Path) -> None:
+    assert invoke("run", "nothing.yaml")[0] == 2
+    assert invoke("analyze", "nothing")[0] == 2
+    assert invoke("simulate")[0] == 2
+    assert invoke("run")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("x"), 2),
+        (UnknownElementError("x"), 3),
+        (GuardError("x"), 4),
+        (CheckpointedStop("x"), 75),
+        (KeyboardInterrupt("saved"), 130),
+        (ValueError("x"), 1),
+    ],
+)
+def test_exit_codes(here: Path, error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.reported
+    def command() -> None:
+        raise error
+
+    with pytest.raises(cli.typer.Exit) as caught:
+        command()
+    assert caught.value.exit_code == code
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert isinstance(error, BambooError | KeyboardInterrupt) or "Traceback" in (here / "error.log").read_text()
+    assert "Traceback" not in message
+
+
+def test_schema_is_json() -> None:
+    code, out, _ = invoke("schema")
+    assert code == 0
+    assert "electrolyte" in json.loads(out)["properties"]
+
+
+def test_build_writes_the_box_and_prints_the_counts(here: Path) -> None:
+    (here / "good.yaml").write_text(GOOD)
+    code, out, _ = invoke("build", "good.yaml", "--output", "box.extxyz")
+    assert code == 0
+    assert "7 EC · 16 DMC · 2 LiPF6 = 278 atoms" in out
+    assert (here / "box.extxyz").read_text().startswith("278\n")
+
+
+def test_an_unknown_model_is_named(here: Path) -> None:
+    (here / "good.yaml").write_text(GOOD + "model: nowhere.safetensors\n")
+    code, _, err = invoke("check", "good.yaml")
+    assert code == 2
+    assert "No model 'nowhere.safetensors'" in err
+
+
+def test_doctor_reports_versions() -> None:
+    code, out, _ = invoke("doctor")
+    assert code == 0
+    assert "torch" in out and "processors" in out
+
+
+def test_commands_exist() -> None:
+    code, out, _ = invoke("--help")
+    assert code == 0
+    for name in ("run", "check", "build", "analyze", "train", "schema", "doctor", "bench", "model", "data"):
+        assert name in out
+    assert {"import", "info", "list"} <= set(invoke("model", "--help")[1].split())
+    assert {"info", "merge", "sample"} <= set(invoke("data", "--help")[1].split())
+
+
+def test_every_command_has_help() -> None:
+    for command in cli.app.registered_commands + cli.model_app.registered_commands + cli.data_app.registered_commands:
+        assert command.callback is not None and command.callback.__doc__
+
+
+def test_the_error_classes_carry_their_codes() -> None:
+    assert BambooError.exit_code == 2

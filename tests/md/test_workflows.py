@@ -1,0 +1,275 @@
+"""A whole run on a tiny box with a toy force field: files, resume after a kill, refusals, honest reports."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import namedtuple
+from io import StringIO
+from pathlib import Path
+
+import ase.io
+import h5py
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bamboo.errors import CheckpointedStop, GuardError, InputError
+from bamboo.structure.molecules import molecule
+from bamboo.system import Batch
+from md.config import RunConfig, load_config
+from md.run_folder import RunFolder, differences
+from md.workflows import Model, run
+
+Output = namedtuple("Output", "energy forces virial charges")
+
+
+class SpringLiquid:
+    """Molecules of springs between all their atoms, Lennard-Jones between molecules: a liquid for tests.
+
+    names of the molecules in packing order; their geometries are the rest lengths. ``delay`` [s] slows every step.
+    """
+
+    def __init__(self, names: list[str], *, delay: float = 0.0) -> None:
+        self.delay = delay
+        rest, first, second, offset = [], [], [], 0
+        for name in names:
+            positions = torch.from_numpy(molecule(name).positions.copy())
+            i, j = torch.triu_indices(len(positions), len(positions), 1)
+            rest.append((positions[i] - positions[j]).norm(dim=1))
+            first.append(i + offset)
+            second.append(j + offset)
+            offset += len(positions)
+        self.i, self.j, self.rest = torch.cat(first), torch.cat(second), torch.cat(rest)
+
+    def evaluate(self, batch: Batch) -> Output:
+        time.sleep(self.delay)
+        parts = []
+        for replica in range(batch.n_systems):
+            mine = batch.system_index == replica
+            assert batch.molecule is not None
+            parts.append(self._box(batch.positions[mine], batch.cell[replica], batch.molecule[mine]))
+        energy, forces, virial = zip(*parts, strict=True)
+        charges = torch.zeros(batch.n_atoms, dtype=torch.float64)
+        return Output(torch.stack(energy), torch.cat(forces), torch.stack(virial), charges)
+
+    def _box(self, positions: torch.Tensor, cell: torch.Tensor, member: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        strain = torch.zeros((3, 3), dtype=torch.float64, requires_grad=True)
+        positions = positions.detach().clone().requires_grad_()
+        moved, strained_cell = positions + positions @ strain, cell + cell @ strain
+        springs = 5.0 * ((moved[self.i] - moved[self.j]).norm(dim=1) - self.rest) ** 2
+        a, b = torch.triu_indices(len(positions), len(positions), 1)
+        a, b = a[member[a] != member[b]], b[member[a] != member[b]]
+        gap = moved[a] - moved[b]
+        gap = gap - torch.round(gap.detach() @ torch.linalg.inv(cell)) @ strained_cell
+        r2 = (gap**2).sum(dim=1)
+        sixth = (2.8**2 / r2[r2 < 36.0]) ** 3
+        energy = springs.sum() + (4.0 * 0.006 * (sixth**2 - sixth)).sum()
+        forces, virial = torch.autograd.grad(-energy, (positions, strain))
+        return energy.detach(), forces, virial
+
+
+CONFIG = """\
+composition: {counts: {DMC: 6}}
+temperature: 300 K
+build: {seed: 3, density: 0.6 g/cm3}
+stages:
+  - {kind: minimise, steps: 30}
+  - kind: nvt
+    name: warm-up
+    time: 20 fs
+    timestep: 0.5 fs
+    thermostat: langevin
+    damping: 100 fs
+    temperature: [50 K, 300 K]
+  - {kind: npt, time: 60 fs}
+  - {kind: nvt, time: 50 fs, volume: mean}
+output: {trajectory_every: 10 fs, thermo_every: 10 fs, transport_every: 2 fs}
+checkpoint: {every: 1000 s}
+"""
+
+
+def write_config(folder: Path, text: str = CONFIG) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+def toy_model(*, delay: float = 0.0, sha256: str = "0" * 64) -> Model:
+    evaluator = SpringLiquid(["DMC"] * 6, delay=delay)
+    return Model(evaluator, "toy springs", {"name": "toy", "sha256": sha256})
+
+
+def run_quietly(config: RunConfig, folder: Path, *, model: Model | None = None, source: Path | None = None) -> str:
+    console = Console(file=StringIO(), force_terminal=False, width=200)
+    run(config, folder, model=model or toy_model(), source=source, console=console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and console output of one complete run."""
+    base = tmp_path_factory.mktemp("finished")
+    path = write_config(base)
+    return base / "run", run_quietly(load_config(path), base / "run", source=path)
+
+
+def test_the_run_folder_holds_everything(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    stages = [f"stages/{name}/{file}" for name in ("02-warm-up", "03-npt", "04-nvt") for file in STAGE_FILES]
+    expected = {"input.yaml", "resolved.yaml", "manifest.json", "start.extxyz", "start.pdb", "log.txt", *stages}
+    assert expected | {"properties.json", "CITATIONS.bib"} <= present
+    assert (folder / "input.yaml").read_text() == CONFIG
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["counts"] == {"DMC": 6}
+    assert manifest["model"]["name"] == "toy"
+    assert "torch" in manifest["versions"]
+
+
+STAGE_FILES = ("traj.h5", "thermo.h5", "thermo.csv")
+
+
+def test_stages_have_the_asked_length_and_sampling(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    with h5py.File(folder / "stages/03-npt/traj.h5") as file:
+        np.testing.assert_allclose(file["time"][:], np.arange(0.0, 0.0601, 0.01), atol=1e-9)  # ps, first frame included
+    with h5py.File(folder / "stages/03-npt/thermo.h5") as file:
+        assert len(file["step"]) == 31
+        assert np.ptp(file["volume"][:]) > 0.0
+    with h5py.File(folder / "stages/02-warm-up/thermo.h5") as file:
+        assert len(file["step"]) == 11  # 0.5 fs steps, every 2 fs
+
+
+def test_transport_runs_at_the_mean_volume_of_the_npt_stage(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    with h5py.File(folder / "stages/03-npt/thermo.h5") as npt, h5py.File(folder / "stages/04-nvt/thermo.h5") as nvt:
+        volume = nvt["volume"][:]
+        assert np.ptp(volume) == 0.0
+        assert npt["volume"][:].min() < volume[0, 0] < npt["volume"][:].max()
+        second_half = npt["volume"][len(npt["volume"]) // 2 :].mean()
+        assert volume[0, 0] == pytest.approx(second_half, rel=1e-6)  # 60 fs are never equilibrated
+
+
+def test_sixty_femtoseconds_are_not_called_a_density(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    density = json.loads((folder / "properties.json").read_text())["density"]
+    assert density["value"] is None and density["unit"] == "g/cm3"
+    assert "run about" in density["warnings"][0]
+    assert "no value: not converged" in output
+    for name, estimate in json.loads((folder / "properties.json").read_text()).items():
+        if estimate["value"] is None:
+            assert estimate["warnings"], f"{name} has neither a value nor a reason"
+
+
+def test_the_console_shows_composition_stages_and_progress(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    assert "6 DMC = 72 atoms" in output
+    assert "[2/4] 02-warm-up  nvt, 50 -> 300 K, 0.02 ps at 0.5 fs" in output
+    assert "03-npt  100 %" in output
+    assert "\x1b" not in output  # no control characters outside a terminal
+    assert "[4/4] 04-nvt" in (folder / "log.txt").read_text()
+
+
+def test_the_same_command_repeats_nothing(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "stages").rglob("*.h5")}
+    output = run_quietly(load_config(folder.parent / "tiny.yaml"), folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "04-nvt  done before" in output
+
+
+def test_a_longer_stage_continues_and_physics_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    longer = load_config(write_config(tmp_path, CONFIG.replace("time: 50 fs", "time: 80 fs")))
+    assert "continued at 0.05 ps" in run_quietly(longer, folder)
+    with h5py.File(folder / "stages/04-nvt/thermo.h5") as file:
+        np.testing.assert_array_equal(file["step"][:], np.arange(0, 81, 2))
+    hotter = load_config(write_config(tmp_path, CONFIG.replace("temperature: 300 K", "temperature: 313 K")))
+    with pytest.raises(InputError, match=r"begun with other settings:\n.*temperature: 300 K -> 313 K"):
+        run_quietly(hotter, folder)
+    with pytest.raises(InputError, match="another file"):
+        run_quietly(longer, folder, model=toy_model(sha256="1" * 64))
+
+
+def test_harmless_and_physical_changes_are_told_apart(tmp_path: Path) -> None:
+    def changed(old: str, new: str, *, begun: int = 2) -> list[str]:
+        first = load_config(write_config(tmp_path))
+        second = load_config(write_config(tmp_path, CONFIG.replace(old, new)))
+        return differences(first, second, begun=begun)
+
+    assert changed("every: 1000 s", "every: 10 s") == []
+    assert changed("temperature: 300 K", "temperature: 300 K\nproperties: [density]") == []
+    assert changed("time: 60 fs", "time: 90 fs") == []
+    assert changed("time: 60 fs", "time: 90 fs", begun=3) == ["stages.2.time: 0.06 ps -> 0.09 ps"]
+    assert changed("volume: mean", "volume: current") == []
+    assert changed("volume: mean", "volume: current", begun=3) == ["stages.3.volume: mean -> current"]
+    assert changed("DMC: 6", "DMC: 7", begun=-1) == ["composition.counts.DMC: 6 -> 7"]
+    assert changed("seed: 3", "seed: 4") == ["build.seed: 3 -> 4"]
+
+
+def slow_run(path: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    run_quietly(load_config(path), folder, model=toy_model(delay=0.01))
+
+
+def test_a_killed_run_continues_to_the_same_end(tmp_path: Path) -> None:
+    """After kill -9 in the middle of a stage the same call ends where an uninterrupted run ends, bit for bit."""
+    text = CONFIG.replace("every: 1000 s", "every: 0.2 s")
+    path = write_config(tmp_path, text)
+    process = multiprocessing.get_context("spawn").Process(target=slow_run, args=(path, tmp_path / "killed"))
+    process.start()
+    deadline = time.monotonic() + 60.0
+    series = tmp_path / "killed/stages/03-npt/thermo.csv"
+    while time.monotonic() < deadline and not (series.exists() and len(series.read_text().splitlines()) > 5):
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    path = write_config(tmp_path)
+    output = run_quietly(load_config(path), tmp_path / "killed")
+    assert "01-minimise" not in output.split("packed")[-1] and "continued at" in output
+    run_quietly(load_config(path), tmp_path / "whole")
+    for name in ("02-warm-up", "03-npt", "04-nvt"):
+        for file in ("traj.h5", "thermo.h5"):
+            with (
+                h5py.File(tmp_path / "killed/stages" / name / file) as a,
+                h5py.File(tmp_path / "whole/stages" / name / file) as b,
+            ):
+                np.testing.assert_array_equal(a["step"][:], b["step"][:])
+                key = "coordinates" if file == "traj.h5" else "potential_energy"
+                np.testing.assert_array_equal(a[key][:], b[key][:])
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(InputError, match=f"another run .process {os.getpid()}"):
+        run_quietly(config, tmp_path / "run")
+
+
+def test_wall_time_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    text = CONFIG.replace("every: 1000 s", "every: 1000 s, wall_time: 0.3 s")
+    with pytest.raises(CheckpointedStop, match="the same command continues it"):
+        run_quietly(load_config(write_config(tmp_path, text)), tmp_path / "run", model=toy_model(delay=0.01))
+    run_quietly(load_config(write_config(tmp_path)), tmp_path / "run")
+
+
+def test_a_guard_stops_a_run_and_leaves_the_frame(tmp_path: Path) -> None:
+    text = CONFIG.replace("build:", "guards: {density: [0.9 g/cm3, 2 g/cm3]}\nbuild:")
+    with pytest.raises(GuardError, match=r"02-warm-up stopped at 0 ps.*density 0\.6 g/cm3 is below 0\.9"):
+        run_quietly(load_config(write_config(tmp_path, text)), tmp_path / "run")
+    assert (tmp_path / "run/stages/02-warm-up/blowup.extxyz").exists()
+
+
+def test_replicas_start_from_different_boxes_and_share_the_volume(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, CONFIG.replace("seed: 3", "seed: 3, replicas: 2")))
+    run_quietly(config, tmp_path / "run")
+    first, second = ase.io.read(tmp_path / "run/start.extxyz", index=":")
+    assert np.abs(first.positions - second.positions).max() > 1.0
+    with h5py.File(tmp_path / "run/stages/04-nvt/thermo.h5") as file:
+        assert file["volume"].shape == (26, 2)
+        assert np.ptp(file["volume"][:]) == pytest.approx(0.0, abs=1e-6)
+        assert np.abs(np.diff(file["potential_energy"][:], axis=1)).min() > 0.0
+    with h5py.File(tmp_path / "run/stages/04-nvt/traj-2.h5") as file:
+        assert len(file["coordinates"]) == 6
