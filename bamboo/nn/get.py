@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from bamboo.errors import InputError
+from bamboo.nn import fused
 from bamboo.nn.radial import RadialBasis, cosine_envelope, safe_norm
 
 
@@ -53,7 +54,8 @@ class NetworkConfig:
 class Edges:
     """Everything a layer needs to know about the edges, computed once for all layers.
 
-    i, j (n_edges,) receiver and sender; feature (n_edges, F); envelope (n_edges,); direction (n_edges, 3), unit vectors.
+    i, j (n_edges,) receiver and sender; feature (n_edges, F); envelope (n_edges,); direction (n_edges, 3), length 1;
+    graph, the same edges for the native library, None where plain torch does the messages.
     """
 
     i: torch.Tensor
@@ -61,16 +63,19 @@ class Edges:
     feature: torch.Tensor
     envelope: torch.Tensor
     direction: torch.Tensor
+    graph: fused.Graph | None = None
 
 
-def messages(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, edges: Edges, *, heads: int, differential: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def messages(qkv: torch.Tensor, edges: Edges, *, heads: int, differential: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather, attend and sum over the neighbours.
 
     m_i = sum_j v_j * e_ij * a_ij, (n, F), and M_i = sum_j (v_j * e_ij) (x) u_ij, (n, 3, F), with the attention
-    a_ij = SiLU(sum_d q_i k_j) f(r_ij) per head; q, k, v are (n, F) with the channels of one head contiguous.
+    a_ij = SiLU(sum_d q_i k_j) f(r_ij) per head; qkv (n, 3 F) is q | k | v, the channels of one head contiguous.
+    The native library does the same where it can (``edges.graph``); what follows is the definition.
     """
+    if edges.graph is not None:
+        return fused.messages(qkv, edges.feature, edges.envelope, edges.direction, edges.graph)
+    q, k, v = qkv.chunk(3, dim=-1)
     n_atoms, channels = v.shape
     i, j = edges.i, edges.j
     product = q[i] * k[j]
@@ -112,9 +117,9 @@ class Layer(nn.Module):
         self, h: torch.Tensor, v: torch.Tensor | None, edges: Edges
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the new scalars (n, F) and vectors (n, 3, F); the last layer returns no vectors."""
-        per_head = self.qkv(self.norm(h)).view(len(h), self.heads, -1)  # (n, heads, 3 d)
-        q, k, value = (part.reshape(len(h), -1) for part in per_head.chunk(3, dim=-1))
-        scalar, vector = messages(q, k, value, edges, heads=self.heads, differential=self.differential)
+        weight, bias = (self._parts_together(tensor) for tensor in (self.qkv.weight, self.qkv.bias))
+        qkv = nn.functional.linear(self.norm(h), weight, bias)
+        scalar, vector = messages(qkv, edges, heads=self.heads, differential=self.differential)
         if self.gate is not None:
             scalar = silu(self.gate(scalar)) + scalar
         out = self.out(scalar)
@@ -127,6 +132,11 @@ class Layer(nn.Module):
         u1, u2, u3 = self.mix(v).chunk(3, dim=-1)
         o1, o2, o3 = out.chunk(3, dim=-1)
         return h + (u1 * u2).sum(1) * o2 + o3, v + u3 * o1[:, None, :] + vector
+
+    def _parts_together(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the rows of W_qkv, stored q | k | v within each head, as all of q, all of k, all of v."""
+        rows = parameter.view(self.heads, 3, -1, *parameter.shape[1:])
+        return rows.transpose(0, 1).reshape(parameter.shape)
 
 
 class GraphEquivariantTransformer(nn.Module):
@@ -155,6 +165,13 @@ class GraphEquivariantTransformer(nn.Module):
             feature=silu(self.edge(self.radial(distance, envelope))),  # vanishes at the cutoff
             envelope=envelope,
             direction=edge_vec / distance[:, None],
+            graph=fused.graph_of(
+                edge_index,
+                len(h),
+                channels=self.config.channels,
+                heads=self.config.heads,
+                differential=self.config.attention == "gedt",
+            ),
         )
         v = None
         for layer in self.layers:
