@@ -30,7 +30,7 @@ from bamboo.system import System
 FORMAT = "bamboo quantum dataset"
 FORMAT_VERSION = 1
 KINDS = ("neutral", "lithium", "anion", "ion_pair", "large", "periodic")
-SAMPLINGS = ("dynamics", "scan", "compressed", "distorted", "packed", "liquid")
+SAMPLINGS = ("dynamics", "scan", "compressed", "distorted", "packed", "liquid", "imported")
 SPLITS = ("train", "validation", "test")
 UNKNOWN_MOLECULE = 65535
 STRING_BYTES = 96

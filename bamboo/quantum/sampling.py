@@ -133,7 +133,7 @@ def sample_scan(generator: np.random.Generator, library: Library, outcome: Outco
     polar = np.flatnonzero(np.isin(elements, (7, 8, 9)))
     if generator.random() < 0.5 and len(polar):  # half of the lines lead to an oxygen, nitrogen or fluorine atom
         direction = first[generator.choice(polar)]
-    direction /= np.linalg.norm(direction)
+    direction = direction / np.linalg.norm(direction)
     radii = [np.array([VDW_RADII[z] for z in molecule(name).numbers]) for name in names]
 
     def contact(shift: float) -> tuple[float, float]:
@@ -178,24 +178,31 @@ def sample_distorted(generator: np.random.Generator, library: Library, outcome: 
 
 
 def sample_large(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
-    """A full first shell, 90-180 atoms, cut from a packed liquid round one atom; two frames after relaxing."""
-    for _ in range(20):
-        counts, density = random_liquid(generator, n_atoms=700, scale=(0.85, 1.05))
-        names = molecule_names(counts)
-        box = _pack_liquid(counts, density, generator, library)
-        if box is not None and box.molecule is not None:
-            charges = np.array([float(molecule(name).charge) for name in names])
-            wanted = "Li" if generator.random() < 0.3 and "Li" in names else str(generator.choice(names))
-            centre = int(generator.choice([m for m, name in enumerate(names) if name == wanted]))
-            atom = int(generator.choice(np.flatnonzero(box.molecule == centre)))
-            try:
-                cluster, kept = cut_cluster(box, [atom], radius_A=5.0, molecule_charges=charges)
-            except InputError:
-                continue  # a molecule touches the core through two images; another core will do
-            if 90 <= cluster.n_atoms <= 180 and abs(cluster.total_charge) < 2.5:
-                kept_names = tuple(names[m] for m in kept)
-                return _relax_and_shake(cluster, kept_names, generator, outcome, kind="large", n_steps=3)
-    outcome.rejected += 1
+    """Two clusters of 90-180 atoms, each a full first shell round an atom of a packed liquid; two frames of each."""
+    counts, density = random_liquid(generator, n_atoms=500, scale=(0.85, 1.05))
+    names = molecule_names(counts)
+    box = _pack_liquid(counts, density, generator, library)
+    if box is None or box.molecule is None:
+        outcome.rejected += 1
+        return
+    charges = np.array([float(molecule(name).charge) for name in names])
+    clusters: list[tuple[System, tuple[str, ...]]] = []
+    for _ in range(30):
+        # Ions are few, but their shells matter most: half of the cores, where there are any.
+        ions = [m for m, charge in enumerate(charges) if charge != 0.0]
+        centre = int(generator.choice(ions if ions and generator.random() < 0.5 else len(names)))
+        atom = int(generator.choice(np.flatnonzero(box.molecule == centre)))
+        try:
+            cluster, kept = cut_cluster(box, [atom], radius_A=5.0, molecule_charges=charges)
+        except InputError:
+            continue  # a molecule touches the core through two images; another core will do
+        if 90 <= cluster.n_atoms <= 180 and abs(cluster.total_charge) < 2.5:
+            clusters.append((cluster, tuple(names[m] for m in kept)))
+        if len(clusters) == 2:
+            break
+    outcome.rejected += 2 - len(clusters)
+    for cluster, kept_names in clusters:
+        _relax_and_shake(cluster, kept_names, generator, outcome, kind="large", n_steps=1)
 
 
 def sample_periodic(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
@@ -207,7 +214,7 @@ def sample_periodic(generator: np.random.Generator, library: Library, outcome: O
         box = _pack_liquid(counts, density, generator, library)
         if box is not None and 80 <= box.n_atoms <= 110:
             names = molecule_names(counts)
-            return _relax_and_shake(box, names, generator, outcome, kind="periodic", n_steps=2)
+            return _relax_and_shake(box, names, generator, outcome, kind="periodic", n_steps=1)
     outcome.rejected += 1
 
 
