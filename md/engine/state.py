@@ -123,7 +123,7 @@ class MDState:
     @property
     def degrees_of_freedom(self) -> torch.Tensor:
         """Degrees of freedom of each replica, (R,): 3N, less 3 where the centre of mass is held fixed."""
-        return 3.0 * self.batch.atoms_per_system - (3.0 if self.centre_of_mass_fixed else 0.0)
+        return 3.0 * self.batch.atoms_per_system.double() - (3.0 if self.centre_of_mass_fixed else 0.0)
 
     @property
     def volume(self) -> torch.Tensor:

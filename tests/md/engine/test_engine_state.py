@@ -54,7 +54,7 @@ def test_exact_temperature(toys):
     systems = [toys.gas_box(5), toys.gas_box(9)]
     state = MDState.from_systems(systems, temperature_K=298.0, seed=3, exact_temperature=True)
     assert state.temperature_K().tolist() == pytest.approx([298.0, 298.0], rel=1e-12)
-    assert state.degrees_of_freedom.tolist() == [12.0, 24.0]
+    assert state.degrees_of_freedom.tolist() == [12.0, 24.0] and state.degrees_of_freedom.dtype == torch.float64
 
 
 def test_pressure_is_minus_dE_dV(toys):

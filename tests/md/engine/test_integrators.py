@@ -175,6 +175,16 @@ def test_nose_hoover_chain_samples_the_canonical_kinetic_energy(toys):
     assert float(squares.mean()) == pytest.approx(4.5, abs=4.0 * float(squares.std()) / sqrt(60))
 
 
+def test_time_of_the_nose_hoover_chain(toys):
+    """A free gas at twice the temperature starts to cool as K = K_0 (1 - t^2/tau^2)."""
+    state = MDState.from_systems([toys.gas_box(50)], temperature_K=600.0, seed=8, exact_temperature=True)
+    integrator = NoseHooverChain(timestep_fs=1.0, temperature_K=300.0, thermostat_time_fs=500.0)
+    before = state.kinetic_energy()
+    integrator.start(state, toys.IdealGas())
+    run(integrator, state, toys.IdealGas(), 20)
+    assert float(1.0 - state.kinetic_energy() / before) == pytest.approx((20.0 / 500.0) ** 2, rel=0.02)
+
+
 def test_langevin_positions_of_an_oscillator_are_exact_at_a_large_timestep(toys):
     """BAOAB: <x^2> = kT/k whatever the stable timestep, here w dt = 1 where other splittings err by 20-30 %."""
     stiffness, kT = 2.0, BOLTZMANN * 300.0
