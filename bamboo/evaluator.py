@@ -3,6 +3,8 @@
 The ASE calculator and the MD engine both evaluate through this class and nothing else.
 """
 
+from dataclasses import replace
+
 import torch
 
 from bamboo.errors import InputError
@@ -43,17 +45,20 @@ class Evaluator:
     def evaluate(self, batch: Batch) -> ForceFieldOutput:
         """Return energy, forces, virial, charges of the batch (ForceFieldOutput).
 
-        Raises UnknownElementError for elements the model does not cover, InputError for overlapping atoms.
+        Raises UnknownElementError for elements the model does not cover, InputError for overlapping or lost atoms.
         """
+        batch = batch.to(self.device)
         network_cutoff = self.force_field.config.network.cutoff
         dispersion_cutoff = self.force_field.config.dispersion.cutoff
         if self._neighbors is None or not self._still_valid(batch):
             self.force_field.check_elements(batch.numbers)
             self._neighbors = find_neighbors(batch, network_cutoff, dispersion_cutoff, skin=self.skin)
-            self._built = batch
+            # a copy: engines move atoms in place
+            self._built = replace(batch, positions=batch.positions.clone(), cell=batch.cell.clone())
         neighbors = trim(self._neighbors, batch, network_cutoff, dispersion_cutoff)
         self._check_overlap(batch, neighbors)
-        return self.force_field(batch, neighbors)
+        output: ForceFieldOutput = self.force_field(batch, neighbors)
+        return output
 
     def _still_valid(self, batch: Batch) -> bool:
         """Tell whether the stored lists still hold every pair within the cutoffs.
@@ -67,10 +72,10 @@ class Evaluator:
         same = torch.equal(built.numbers, batch.numbers) and torch.equal(built.pbc, batch.pbc)
         if not (same and torch.equal(built.system_index, batch.system_index)):
             return False
-        if torch.equal(built.cell, batch.cell):
+        periodic = built.pbc
+        if torch.equal(built.cell[periodic], batch.cell[periodic]):
             moved = (batch.positions - built.positions).square().sum(-1).max().sqrt()
             return bool(2.0 * moved < self.skin)
-        periodic = built.pbc
         strain = torch.linalg.solve(built.cell[periodic], batch.cell[periodic]) - torch.eye(3, device=batch.cell.device)
         stretch = torch.linalg.matrix_norm(strain, ord=2).max()
         deformation = torch.zeros_like(built.cell)

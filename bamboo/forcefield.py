@@ -5,7 +5,8 @@ E = E_network + E_electrostatic + E_electronegativity + E_dispersion + E_repulsi
 This is the reference implementation: plain torch, differentiable twice, the truth that every fast engine is held to.
 """
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from bamboo.system import Batch
 from bamboo.terms import electrostatics
 from bamboo.terms.charges import bound, neutralise, system_sum
 from bamboo.terms.dispersion import ROWS, Dispersion, DispersionConfig
-from bamboo.terms.repulsion import repulsion_energy
+from bamboo.terms.repulsion import LONGEST_WALL, repulsion_energy
 
 
 @dataclass(frozen=True)
@@ -44,23 +45,40 @@ class ForceFieldConfig:
     def __post_init__(self) -> None:
         if self.charge_response not in ("full", "frozen"):
             raise InputError(f"charge_response is '{self.charge_response}', expected 'full' or 'frozen'.")
+        if not self.charge_limit > 0:
+            raise InputError(f"charge_limit = {self.charge_limit} e, expected a positive charge.")
+        if self.repulsion and self.dispersion.cutoff < LONGEST_WALL:
+            raise InputError(
+                f"dispersion.cutoff = {self.dispersion.cutoff} Å, expected at least {LONGEST_WALL:.1f} Å: "
+                "the repulsion reads the same list of pairs."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ForceFieldConfig":
-        """Rebuild from ``to_dict``; unknown or missing keys are refused."""
+        """Rebuild from ``to_dict``; unknown or missing keys and values of a wrong kind are refused."""
         try:
-            return cls(
-                **{
-                    **values,
-                    "network": NetworkConfig(**values["network"]),
-                    "dispersion": DispersionConfig(**values["dispersion"]),
-                }
-            )
-        except (TypeError, KeyError) as error:
+            network = NetworkConfig(**_checked(NetworkConfig(), values["network"]))
+            dispersion = DispersionConfig(**_checked(DispersionConfig(), values["dispersion"]))
+            rest = {name: value for name, value in values.items() if name not in ("network", "dispersion")}
+            return cls(network=network, dispersion=dispersion, **_checked(cls(), rest))
+        except (AttributeError, TypeError, KeyError) as error:
             raise InputError(f"The force-field settings are not valid: {error}.") from error
+
+
+def _checked(defaults: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values if they are all there, each of the kind of the default and finite."""
+    missing = [item.name for item in fields(defaults) if item.name not in (*values, "network", "dispersion")]
+    if missing:
+        raise InputError(f"The force-field setting {missing[0]} is missing.")
+    for name, value in values.items():
+        kind = type(getattr(defaults, name))
+        good = type(value) is kind or (kind is float and type(value) is int)
+        if not good or (kind is float and not math.isfinite(value)):
+            raise InputError(f"The force-field setting {name} = {value!r} is not valid, expected a {kind.__name__}.")
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +98,25 @@ class ForceFieldOutput:
     dipole: torch.Tensor
     raw_charge: torch.Tensor
     terms: dict[str, torch.Tensor]
+
+
+class _Gate:
+    """Passes values on, but gradients only once it is open.
+
+    Charges behind it are constants while forces are taken, and still learn from losses on those forces afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        behind = values.clone()
+        if behind.requires_grad:
+            behind.register_hook(self._pass)  # type: ignore[no-untyped-call]
+        return behind
+
+    def _pass(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if self.open else torch.zeros_like(gradient)
 
 
 class ForceField(nn.Module):
@@ -141,21 +178,29 @@ class ForceField(nn.Module):
             positions = batch.positions.detach().clone().requires_grad_()
             strained = positions + torch.einsum("na,nab->nb", positions, strain[batch.system_index])
             cell = batch.cell + batch.cell @ strain
-            terms, charges, raw = self._terms(batch, strained, cell, neighbors=neighbors, fixed_terms=fixed_terms)
+            response = _Gate()
+            response.open = self.config.charge_response == "full"
+            terms, charges, raw = self._terms(batch, strained, cell, neighbors=neighbors, response=response)
+            if fixed_terms:
+                terms |= self.fixed_terms(batch, strained, cell, neighbors=neighbors)
             energy = torch.stack(list(terms.values())).sum(0)
             gradient, strain_gradient = torch.autograd.grad(
                 energy.sum(), (positions, strain), create_graph=create_graph
             )
+            response.open = True
             dipole = system_sum(charges[:, None] * batch.positions, batch.system_index, batch.n_systems)
-        outputs = (energy, -gradient, -strain_gradient, charges, dipole, raw)
+        outputs = {
+            "energy": energy, "forces": -gradient, "virial": -strain_gradient,
+            "charges": charges, "dipole": dipole, "raw_charge": raw,
+        }  # fmt: skip
         if not create_graph:
-            outputs = tuple(tensor.detach() for tensor in outputs)
-        return ForceFieldOutput(*outputs, terms={name: value.detach() for name, value in terms.items()})
+            outputs = {name: tensor.detach() for name, tensor in outputs.items()}
+        return ForceFieldOutput(**outputs, terms={name: value.detach() for name, value in terms.items()})
 
     def _terms(
-        self, batch: Batch, positions: torch.Tensor, cell: torch.Tensor, *, neighbors: Neighbors, fixed_terms: bool
+        self, batch: Batch, positions: torch.Tensor, cell: torch.Tensor, *, neighbors: Neighbors, response: _Gate
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Return each term (n_systems,), the charges (n_atoms,) and their raw sums (n_systems,)."""
+        """Return each trained term (n_systems,), the charges (n_atoms,) and their raw sums (n_systems,)."""
         numbers, system_index = batch.numbers, batch.system_index
         edge_vec = neighbors.edges.vectors(positions, cell, system_index=system_index)
         embedding = self.embedding(numbers)
@@ -168,7 +213,7 @@ class ForceField(nn.Module):
         free = self.charge_head(h).squeeze(-1).double() + self.reference_charge[numbers]
         raw = bound(free, self.config.charge_limit)
         charges = neutralise(raw, batch.total_charge, system_index)
-        held = charges if self.config.charge_response == "full" else charges.detach()
+        held = response(charges)
         chi, hardness = self._electronegativity(embedding, numbers)
         terms = {
             "network": network,
@@ -177,8 +222,6 @@ class ForceField(nn.Module):
             ),
             "electronegativity": per_system(chi.square() * held + (hardness * held).square()),
         }
-        if fixed_terms:
-            terms |= self.fixed_terms(batch, positions, cell, neighbors=neighbors)
         return terms, charges, per_system(raw)
 
     def _electronegativity(self, embedding: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,11 +12,12 @@ import torch
 from vesin import NeighborList as _Vesin
 
 from bamboo.errors import InputError
-from bamboo.nn.radial import safe_norm
 from bamboo.system import Batch
 
 # a box packed so densely that the list would fill the memory is an input error, not a reason to be killed
 MAX_NEIGHBORS_PER_ATOM = 5000
+# Å; further out vesin's cells overflow, and no structure is that large: the run has blown up
+MAX_COORDINATE = 1.0e5
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,17 @@ def find_pairs(batch: Batch, cutoff: float, *, full: bool) -> Pairs:
     start, found_index, found_shift = 0, [], []
     for size, cell, periodic in zip(batch.atoms_per_system.tolist(), cells, batch.pbc.tolist(), strict=True):
         local = positions[start : start + size]
-        density = size / abs(np.linalg.det(cell)) if periodic else 0.0
+        lost = ~(np.abs(local) < MAX_COORDINATE).all(axis=1)  # also true for nan
+        if lost.any():
+            atom = int(np.flatnonzero(lost)[0])
+            raise InputError(
+                f"Atom {start + atom} is at {local[atom]} Å ({int(lost.sum())} such atoms), expected coordinates below "
+                f"{MAX_COORDINATE:.0e} Å. The run has blown up, or the structure is broken."
+            )
+        volume = abs(np.linalg.det(cell))
+        if periodic and not 0.0 < volume < np.inf:
+            raise InputError(f"A periodic box needs three finite, independent cell vectors, got\n{cell}")
+        density = size / volume if periodic else 0.0
         if density * 4.2 * cutoff**3 > MAX_NEIGHBORS_PER_ATOM:
             raise InputError(
                 f"The box holds {density:.2f} atoms/Å^3 (a liquid has about 0.1): "
@@ -105,6 +116,6 @@ def trim(neighbors: Neighbors, batch: Batch, cutoff: float, dispersion_cutoff: f
 
     def near(pairs: Pairs, length: float) -> Pairs:
         vectors = pairs.vectors(batch.positions, batch.cell, system_index=batch.system_index)
-        return pairs.select(safe_norm(vectors) < length)
+        return pairs.select(vectors.square().sum(-1) < length**2)
 
     return Neighbors(near(neighbors.edges, cutoff), near(neighbors.dispersion, dispersion_cutoff), neighbors.cluster)

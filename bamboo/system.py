@@ -1,7 +1,7 @@
 """The structures a force field is asked about: one ``System``, or many stacked in a ``Batch``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import ase
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from bamboo.elements import MAX_ATOMIC_NUMBER
-from bamboo.errors import InputError
+from bamboo.errors import InputError, UnknownElementError
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class System:
     total_charge e
     molecule     (n_atoms,)    index of the molecule each atom belongs to, 0..n_molecules-1, or None if unknown
 
-    Raises InputError for anything that no force field could evaluate.
+    Raises InputError for anything that no force field could evaluate, UnknownElementError for exotic elements.
     """
 
     numbers: NDArray[np.int64]
@@ -37,15 +37,29 @@ class System:
         n_atoms = len(self.numbers)
         if n_atoms == 0:
             raise InputError("The structure has no atoms.")
+        if self.numbers.shape != (n_atoms,) or not np.issubdtype(self.numbers.dtype, np.integer):
+            raise InputError(
+                f"numbers have shape {self.numbers.shape}, type {self.numbers.dtype}; expected ({n_atoms},) integers."
+            )
         if self.positions.shape != (n_atoms, 3):
             raise InputError(f"positions have shape {self.positions.shape}, expected ({n_atoms}, 3).")
         if not np.isfinite(self.positions).all():
             bad = np.flatnonzero(~np.isfinite(self.positions).all(axis=1))
-            raise InputError(f"Position of atom {bad[0]} is not finite ({len(bad)} such atoms): {self.positions[bad[0]]}.")
-        if (self.numbers < 1).any() or (self.numbers > MAX_ATOMIC_NUMBER).any():
-            raise InputError(f"Atomic numbers must lie in 1..{MAX_ATOMIC_NUMBER}.")
+            raise InputError(
+                f"Position of atom {bad[0]} is not finite ({len(bad)} such atoms): {self.positions[bad[0]]}."
+            )
+        outside = (self.numbers < 1) | (self.numbers > MAX_ATOMIC_NUMBER)
+        if outside.any():
+            raise UnknownElementError(
+                f"Atom {np.flatnonzero(outside)[0]} has atomic number {self.numbers[outside][0]}; "
+                f"models cover at most 1..{MAX_ATOMIC_NUMBER}."
+            )
+        if self.cell.shape != (3, 3) or not np.isfinite(self.cell).all():
+            raise InputError(f"The cell must be three finite vectors, (3, 3), got\n{self.cell}")
         if self.pbc and not self.volume > 1.0e-6:
             raise InputError(f"A periodic box needs three independent cell vectors, got\n{self.cell}")
+        if not self.pbc and self.cell.any():
+            raise InputError(f"A cluster (pbc=False) has no cell, expected zeros, got\n{self.cell}")
         if not np.isfinite(self.total_charge):
             raise InputError(f"total_charge is {self.total_charge}, expected a finite number.")
         if self.molecule is not None and self.molecule.shape != (n_atoms,):
@@ -60,14 +74,19 @@ class System:
                 f"pbc={pbc.tolist()}: partly periodic structures are not supported. "
                 "Make all three directions periodic or none."
             )
+        charge = atoms.info.get("charge", 0.0) if total_charge is None else total_charge
+        try:
+            charge = float(charge)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"atoms.info['charge'] is {charge!r}, expected the total charge in e.") from error
         molecule = atoms.arrays.get("molecule")
         return cls(
             numbers=atoms.numbers.astype(np.int64),
             positions=atoms.positions.astype(np.float64),
-            cell=np.asarray(atoms.cell.array, dtype=np.float64) if pbc.all() else np.zeros((3, 3)),
+            cell=atoms.cell.array.astype(np.float64) if pbc.all() else np.zeros((3, 3)),
             pbc=bool(pbc.all()),
-            total_charge=float(atoms.info.get("charge", 0.0)) if total_charge is None else float(total_charge),
-            molecule=None if molecule is None else np.asarray(molecule, dtype=np.int64),
+            total_charge=charge,
+            molecule=None if molecule is None else molecule.astype(np.int64),
         )
 
     def to_atoms(self) -> ase.Atoms:
@@ -118,14 +137,19 @@ class Batch:
             stacked = [label + offset for label, offset in zip(labels, offsets, strict=True) if label is not None]
             molecule = torch.from_numpy(np.concatenate(stacked)).to(device)
         return cls(
-            numbers=torch.from_numpy(np.concatenate([s.numbers for s in systems])).to(device),
-            positions=torch.from_numpy(np.concatenate([s.positions for s in systems])).to(device),
-            cell=torch.from_numpy(np.stack([s.cell for s in systems])).to(device),
+            numbers=torch.from_numpy(np.concatenate([s.numbers for s in systems]).astype(np.int64)).to(device),
+            positions=torch.from_numpy(np.concatenate([s.positions for s in systems]).astype(np.float64)).to(device),
+            cell=torch.from_numpy(np.stack([s.cell for s in systems]).astype(np.float64)).to(device),
             pbc=torch.tensor([s.pbc for s in systems], device=device),
             total_charge=torch.tensor([s.total_charge for s in systems], dtype=torch.float64, device=device),
             system_index=torch.repeat_interleave(torch.arange(len(systems)), sizes).to(device),
             molecule=molecule,
         )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with all tensors on the device."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def n_atoms(self) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from bamboo import units
 from bamboo.elements import MAX_ATOMIC_NUMBER
+from bamboo.errors import InputError
 
 ROWS = MAX_ATOMIC_NUMBER + 1
 
@@ -44,6 +45,11 @@ class DispersionConfig:
     steepness: float = 1.0 / units.BOHR
     cutoff: float = 10.0
     smooth: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("damping_length", "steepness", "cutoff"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"dispersion.{name} = {getattr(self, name)}, expected a positive number.")
 
 
 class Dispersion(nn.Module):
@@ -84,7 +90,8 @@ class Dispersion(nn.Module):
             return torch.zeros_like(volume)
         elements, counts = torch.unique(numbers, return_counts=True)
         weights = counts.to(volume.dtype)
-        return (weights @ self._tail_integrals(elements) @ weights) / (2.0 * volume)
+        pairs: torch.Tensor = weights @ self._tail_integrals(elements) @ weights
+        return pairs / (2.0 * volume)
 
     def _tail_integrals(self, elements: torch.Tensor) -> torch.Tensor:
         """Return integral 4 pi r^2 (E - E switched) dr [eV Å^3] for each pair of elements, by quadrature in 1/r."""

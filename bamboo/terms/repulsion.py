@@ -12,6 +12,7 @@ SCREENING_LENGTH = 0.46850  # Å; a = 0.4685 / (Z_i^0.23 + Z_j^0.23)
 # Switched off between these fractions of the sum of covalent radii. Double bonds are short: C=O sits at 0.85 of the
 # sum and vibrates down to 0.75, so a wall that reached further out would have to be unlearned by the network.
 INNER, OUTER = 0.4, 0.7
+LONGEST_WALL = 2.0 * OUTER * float(COVALENT_RADII[: MAX_ATOMIC_NUMBER + 1].max())  # Å
 
 
 def repulsion_energy(distance: torch.Tensor, number_i: torch.Tensor, number_j: torch.Tensor) -> torch.Tensor:
