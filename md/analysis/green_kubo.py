@@ -9,13 +9,24 @@ from scipy.special import chdtr, chdtrc
 
 from bamboo import units
 from md.analysis.estimate import Estimate, format_time, no_value, with_precision_advice
+from md.trajectory import ThermoSeries
 
+LONGEST_INTERVAL_PS = 0.01  # molecules vibrate: coarser sampling aliases the vibrations to zero frequency
 MIN_CORRELATION_TIMES = 10.0
 LARGEST_RELATIVE_ERROR = 0.5
 SEGMENT = 500.0  # correlation times: some 80 spectral points below 1 / (2 pi tau), where the spectrum turns
 FEWEST_SAMPLES = 200
 LOWEST_POINTS = 15  # at the low end of the spectrum; STACIE fits no fewer
 REJECTION = 1.0e-4  # probability at which the lowest frequencies contradict a fit
+
+
+def series_objection(thermo: ThermoSeries, quantity: str) -> str | None:
+    """Why Green-Kubo integrals cannot be taken from this series, or None where they can."""
+    if objection := thermo.ensemble.transport_objection:
+        return f"refused: {objection}"
+    if thermo.interval_ps > LONGEST_INTERVAL_PS * 1.001:
+        return f"{quantity} sampled every {thermo.interval_ps * 1000.0:g} fs, Green-Kubo needs 10 fs or less"
+    return None
 
 
 def green_kubo(

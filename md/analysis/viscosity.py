@@ -7,10 +7,9 @@ from numpy.typing import NDArray
 
 from bamboo import units
 from md.analysis.estimate import Estimate, no_value
-from md.analysis.green_kubo import green_kubo
+from md.analysis.green_kubo import green_kubo, series_objection
 from md.trajectory import ThermoSeries
 
-LONGEST_INTERVAL_PS = 0.01  # bond vibrations drive the pressure: coarser sampling aliases them to zero frequency
 UNIT = "mPa s"
 
 
@@ -21,18 +20,13 @@ def viscosity(thermo: ThermoSeries) -> dict[str, Estimate]:
     and all replicas (Green-Kubo). No value, with the reason, for Langevin or constant-pressure runs, for pressures
     sampled more rarely than every 10 fs, and for runs too short for their correlation time.
     """
-    method = "Green-Kubo, STACIE"
-    if objection := thermo.ensemble.transport_objection:
-        return {"viscosity": no_value(f"refused: {objection}", unit=UNIT, method=method)}
-    interval_ps = thermo.interval_ps
-    if interval_ps > LONGEST_INTERVAL_PS * 1.001:
-        reason = f"pressure sampled every {interval_ps * 1000.0:g} fs, Green-Kubo needs 10 fs or less"
-        return {"viscosity": no_value(reason, unit=UNIT, method=method)}
+    if objection := series_objection(thermo, "pressure"):
+        return {"viscosity": no_value(objection, unit=UNIT, method="Green-Kubo, STACIE")}
     thermal = units.BOLTZMANN * float(thermo.temperature_K.mean())
     estimate = green_kubo(
         deviatoric_components(thermo.pressure),
         float(thermo.volume.mean()) / thermal,
-        interval_ps=interval_ps,
+        interval_ps=thermo.interval_ps,
         unit=UNIT,
         unit_size=units.MILLIPASCAL_SECOND,
         models=("lorentz",),
