@@ -12,7 +12,8 @@ import bamboo
 from bamboo import checkpoint
 from bamboo.errors import InputError
 from md.config import BuildBlock, ModelBlock, RunConfig
-from md.workflows import load_model, seconds_per_step, start_box
+from md.model import load_model, seconds_per_step
+from md.workflows import start_box
 
 REQUIRED = ("torch", "numpy", "scipy", "ase", "h5py", "vesin", "torch-pme", "packmol", "rdkit", "stacie", "mdtraj")
 EXTRAS = {"qm": ("tblite", "pyscf", "dftd3")}

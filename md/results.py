@@ -2,15 +2,25 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from bamboo.errors import InputError
 from md import protocol
+from md.analysis.conductivity import conductivity, green_kubo_conductivity
 from md.analysis.density import density
+from md.analysis.diffusion import self_diffusion
 from md.analysis.estimate import Estimate, format_time, no_value
 from md.analysis.statistics import equilibration_start
+from md.analysis.viscosity import viscosity
 from md.config import NPT, Minimise, RunConfig
+from md.protocol import TRANSPORT
+from md.recording import trajectory_path
 from md.run_folder import RunFolder
-from md.trajectory import ThermoSeries
+from md.trajectory import ThermoSeries, Trajectory
+
+FEWEST_FRAMES = 16
 
 
 def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protocol.Dynamics, Path]]:
@@ -24,16 +34,82 @@ def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protoco
 
 
 def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
-    """Return the properties that were asked for, each a value with its error bar or the reason why there is none."""
-    ran = dynamics_folders(folder, config)
+    """Return the properties that were asked for, each a value with its error bar or the reason why there is none.
+
+    Density comes from the last NPT stage, the rest from the last stage whose ensemble supports transport.
+    """
+    asked = set(config.properties)
     properties: dict[str, Estimate] = {}
-    if "density" in config.properties:
-        npt = [path for stage, path in ran if isinstance(stage, NPT)]
-        if npt:
-            properties |= density(ThermoSeries.read(npt[-1] / "thermo.h5"))
+    if "density" in asked:
+        npt = stage_data(folder, config, suits=lambda stage: isinstance(stage, NPT))
+        if npt is None:
+            properties["density"] = no_value("the run has no npt stage", unit="g/cm3", method="NPT average")
         else:
-            properties["density"] = no_value("there is no npt stage", unit="g/cm3", method="NPT average")
+            properties |= _or_reason("density", "g/cm3", lambda: density(npt.thermo))
+    data = production(folder, config)
+    if data is None:
+        missing = sorted(asked - {"density"})
+        return properties | {name: no_value("no stage of dynamics has run", unit="", method="") for name in missing}
+    n_frames = min(trajectory.n_frames for trajectory in data.trajectories)
+    if n_frames < FEWEST_FRAMES:
+        reason = f"{data.name} wrote {n_frames} frames, too few for any analysis: run longer"
+        return properties | {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
+    temperature_K = float(data.thermo.temperature_K.mean())
+    eta = _or_reason("viscosity", "mPa s", lambda: viscosity(data.thermo)) if asked & TRANSPORT else {}
+    if "viscosity" in asked:
+        properties |= eta
+    if "conductivity" in asked:
+        charged = bool(data.trajectories[0].topology.molecule_charges.any())
+        if charged:
+            properties |= _or_reason(
+                "conductivity", "mS/cm", lambda: conductivity(data.trajectories, temperature_K=temperature_K)
+            )
+            properties |= _or_reason("conductivity_green_kubo", "mS/cm", lambda: green_kubo_conductivity(data.thermo))
+        else:
+            properties["conductivity"] = no_value("there are no ions", unit="mS/cm", method="")
+    if "diffusion" in asked:
+        properties |= _or_reason(
+            "diffusion",
+            "cm2/s",
+            lambda: self_diffusion(data.trajectories, temperature_K=temperature_K, viscosity=eta.get("viscosity")),
+        )
     return properties
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage wrote: its series, and one trajectory per replica."""
+
+    name: str
+    thermo: ThermoSeries
+    trajectories: Sequence[Trajectory]
+
+
+def stage_data(folder: RunFolder, config: RunConfig, *, suits: Callable[[protocol.Dynamics], bool]) -> StageData | None:
+    """Return the data of the last stage that suits, or None."""
+    found = [path for stage, path in dynamics_folders(folder, config) if suits(stage)]
+    if not found:
+        return None
+    path = found[-1]
+    trajectories = [Trajectory.read(trajectory_path(path, r)) for r in range(config.build.replicas)]
+    return StageData(path.name, ThermoSeries.read(path / "thermo.h5"), trajectories)
+
+
+def production(folder: RunFolder, config: RunConfig) -> StageData | None:
+    """Return the last stage whose ensemble supports transport, else the last one (whose refusal is worth telling)."""
+
+    def supports(stage: protocol.Dynamics) -> bool:
+        return protocol.ensemble(stage, pressure=config.target_pressure).transport_objection is None
+
+    return stage_data(folder, config, suits=supports) or stage_data(folder, config, suits=lambda stage: True)
+
+
+def _or_reason(name: str, unit: str, estimate: Callable[[], dict[str, Estimate]]) -> dict[str, Estimate]:
+    """Return the estimates, or, where the data are too few even to begin, that as the reason for no value."""
+    try:
+        return estimate()
+    except InputError as error:
+        return {name: no_value(str(error), unit=unit, method="")}
 
 
 def mean_volume(folder: Path) -> tuple[float, str]:

@@ -7,15 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import ase.io
-import numpy as np
-import torch
 from rich.console import Console
 
 import bamboo
-from bamboo.errors import InputError
 from bamboo.structure.packing import pack_box
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
@@ -26,54 +23,17 @@ from md.composition import Realisation, realise
 from md.config import NVT, Minimise, RunConfig, Stage
 from md.engine import restart
 from md.engine.minimiser import minimise
-from md.engine.reporters import ConsoleProgress, ProgressDisplay, ProgressReport, Reporter, ThermoTable, duration_text
+from md.engine.reporters import Reporter, ThermoTable, duration_text
 from md.engine.simulation import Simulation
 from md.engine.state import Evaluator, MDState
+from md.model import Model, device_of, load_model, seconds_per_step
 from md.recording import FrameRecorder, ThermoRecorder, build_topology, write_pdb
 from md.results import analyse, mean_volume, property_table, write_properties
 from md.run_folder import RunFolder
+from md.run_log import RunLog
 from md.topology import Topology
 
 DEVIATION_WORTH_A_WARNING = 0.05  # relative, of a realised amount from the asked one
-
-
-@dataclass(frozen=True)
-class Model:
-    """A force field ready to run, and what to write down about it."""
-
-    evaluator: Evaluator
-    description: str
-    record: dict[str, Any]
-
-
-class RunLog:
-    """Lines for the terminal and for log.txt, and progress on both."""
-
-    def __init__(self, console: Console, file: TextIO) -> None:
-        self._console, self._file = console, file
-
-    def line(self, text: str) -> None:
-        """Print one line, plainly, to both."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        print(text, file=self._file, flush=True)
-
-    def progress(self) -> ProgressDisplay:
-        """Return the display of one stage: a bar on a terminal, a line a minute in files."""
-        plain = Console(file=self._file, force_terminal=False)
-        return _BothDisplays((ConsoleProgress(console=self._console), ConsoleProgress(console=plain)))
-
-
-@dataclass(frozen=True)
-class _BothDisplays:
-    displays: Sequence[ConsoleProgress]
-
-    def update(self, report: ProgressReport) -> None:
-        for display in self.displays:
-            display.update(report)
-
-    def close(self) -> None:
-        for display in self.displays:
-            display.close()
 
 
 class WallTimeLimit:
@@ -93,35 +53,6 @@ class WallTimeLimit:
 
     def truncate(self, step: int) -> None:
         """Keep nothing."""
-
-
-def load_model(config: RunConfig) -> Model:
-    """Load the force field of a configuration; raises ModelFileError and InputError."""
-    from bamboo import checkpoint
-    from bamboo.evaluator import Evaluator as ForceFieldEvaluator
-
-    device = config.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device is cuda, but PyTorch finds no CUDA device. Use cpu or auto.")
-    path = checkpoint.resolve(config.model.name)
-    force_field = checkpoint.load(path, dtype=getattr(torch, config.model.dtype))
-    evaluator = ForceFieldEvaluator(force_field, device=device)
-    where = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
-    description = (
-        f"model {config.model.name} ({' '.join(force_field.elements)}; {config.model.dtype}; "
-        f"engine {evaluator.engine}; {where})"
-    )
-    return Model(evaluator, description, {"name": config.model.name, "file": str(path), "sha256": file_sha256(path)})
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal text."""
-    import hashlib
-
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run(
@@ -148,7 +79,7 @@ def run(
     model = model or load_model(config)
     with run_folder.locked(), open(run_folder.log, "a", encoding="utf-8") as file:
         log = RunLog(console or Console(), file)
-        saved = restart.load(run_folder.restart, device=_device(model.evaluator))
+        saved = restart.load(run_folder.restart, device=device_of(model.evaluator))
         begun = int(saved.info["stage"]) if saved else -1
         run_folder.accept(config, begun=begun, model=model.record, source=source)
         _banner(log, config, box, model, folder=run_folder)
@@ -168,13 +99,22 @@ def run(
         for index, stage in enumerate(config.stages):
             if index >= begun:
                 runner.run_stage(index, stage, state, resume=index == begun)
-        properties = analyse(run_folder, config)
-        write_properties(run_folder, properties)
-        (run_folder.path / "CITATIONS.bib").write_text(bibliography(config), encoding="utf-8")
-        for line in property_table(properties):
+        properties, table = write_results(run_folder, config)
+        for line in table:
             log.line(line)
-        log.line(f"wrote {run_folder.properties}")
+        log.line(f"wrote {run_folder.properties} and {run_folder.figures}")
     return properties
+
+
+def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estimate], list[str]]:
+    """Analyse a run, write properties.json, figures and CITATIONS.bib; return the properties and their table."""
+    from md.report import write_figures  # imported here: it loads matplotlib
+
+    properties = analyse(folder, config)
+    write_properties(folder, properties)
+    write_figures(folder, config, properties)
+    (folder.path / "CITATIONS.bib").write_text(bibliography(config), encoding="utf-8")
+    return properties, property_table(properties)
 
 
 @dataclass(frozen=True)
@@ -269,10 +209,6 @@ class _Runner:
             yield [frames, series, table, *self.extra]
 
 
-def _device(evaluator: Evaluator) -> torch.device:
-    return torch.device(getattr(evaluator, "device", "cpu"))
-
-
 def _banner(log: RunLog, config: RunConfig, box: Realisation, model: Model, *, folder: RunFolder) -> None:
     log.line(f"bamboo-md {bamboo.__version__}   {model.description}   run: {folder.path}")
     replicas = f", {config.build.replicas} replicas" if config.build.replicas > 1 else ""
@@ -317,7 +253,7 @@ def _start_state(config: RunConfig, systems: Sequence[System], evaluator: Evalua
         config.temperature_K if first is None else protocol.temperatures(first, temperature_K=config.temperature_K)[0]
     )
     return MDState.from_systems(
-        systems, temperature_K=start, seed=config.build.seed, exact_temperature=True, device=_device(evaluator)
+        systems, temperature_K=start, seed=config.build.seed, exact_temperature=True, device=device_of(evaluator)
     )
 
 
@@ -328,17 +264,10 @@ def start_box(config: RunConfig) -> tuple[Realisation, System]:
     return box, pack_box(box.counts, density_g_cm3=density, seed=config.build.seed, tolerance_A=config.build.tolerance)
 
 
-def seconds_per_step(evaluator: Evaluator, system: System, *, repeats: int = 3) -> float:
-    """Return the wall time of one evaluation [s], the smallest of a few."""
-    state = MDState.from_systems([system], temperature_K=300.0, seed=0, device=_device(evaluator))
-    times = []
-    for _ in range(repeats + 1):  # the first one builds neighbour lists and warms up
-        begun = time.monotonic()
-        state.evaluate(evaluator)
-        if state.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - begun)
-    return float(np.min(times[1:]))
+def analyse_folder(folder: Path) -> tuple[dict[str, Estimate], list[str]]:
+    """Analyse a run again; returns the properties and their table."""
+    run_folder = RunFolder(folder)
+    return write_results(run_folder, run_folder.read_config())
 
 
 @dataclass(frozen=True)
@@ -384,12 +313,3 @@ def check(config: RunConfig, *, model: Model | None = None) -> Check:
         for index, stage in enumerate(config.stages)
     }
     return Check(model.description, box, system.volume ** (1.0 / 3.0), seconds, stages)
-
-
-def analyse_folder(folder: Path) -> tuple[dict[str, Estimate], list[str]]:
-    """Analyse a run again; returns the properties and their table."""
-    run_folder = RunFolder(folder)
-    config = run_folder.read_config()
-    properties = analyse(run_folder, config)
-    write_properties(run_folder, properties)
-    return properties, property_table(properties)

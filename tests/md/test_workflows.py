@@ -20,8 +20,9 @@ from bamboo.errors import CheckpointedStop, GuardError, InputError
 from bamboo.structure.molecules import molecule
 from bamboo.system import Batch
 from md.config import RunConfig, load_config
+from md.model import Model
 from md.run_folder import RunFolder, differences
-from md.workflows import Model, run
+from md.workflows import run
 
 Output = namedtuple("Output", "energy forces virial charges")
 
@@ -86,7 +87,7 @@ stages:
     temperature: [50 K, 300 K]
   - {kind: npt, time: 60 fs}
   - {kind: nvt, time: 50 fs, volume: mean}
-output: {trajectory_every: 10 fs, thermo_every: 10 fs, transport_every: 2 fs}
+output: {trajectory_every: 2 fs, thermo_every: 10 fs, transport_every: 2 fs}
 checkpoint: {every: 1000 s}
 """
 
@@ -121,7 +122,7 @@ def test_the_run_folder_holds_everything(finished: tuple[Path, str]) -> None:
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     stages = [f"stages/{name}/{file}" for name in ("02-warm-up", "03-npt", "04-nvt") for file in STAGE_FILES]
     expected = {"input.yaml", "resolved.yaml", "manifest.json", "start.extxyz", "start.pdb", "log.txt", *stages}
-    assert expected | {"properties.json", "CITATIONS.bib"} <= present
+    assert expected | {"properties.json", "CITATIONS.bib", *FIGURES} <= present
     assert (folder / "input.yaml").read_text() == CONFIG
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counts"] == {"DMC": 6}
@@ -129,13 +130,16 @@ def test_the_run_folder_holds_everything(finished: tuple[Path, str]) -> None:
     assert "torch" in manifest["versions"]
 
 
+FIGURES = ("figures/density.png", "figures/viscosity.png", "figures/msd.png")
 STAGE_FILES = ("traj.h5", "thermo.h5", "thermo.csv")
 
 
 def test_stages_have_the_asked_length_and_sampling(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     with h5py.File(folder / "stages/03-npt/traj.h5") as file:
-        np.testing.assert_allclose(file["time"][:], np.arange(0.0, 0.0601, 0.01), atol=1e-9)  # ps, first frame included
+        np.testing.assert_allclose(
+            file["time"][:], np.arange(0.0, 0.0601, 0.002), atol=1e-9
+        )  # ps, first frame included
     with h5py.File(folder / "stages/03-npt/thermo.h5") as file:
         assert len(file["step"]) == 31
         assert np.ptp(file["volume"][:]) > 0.0
@@ -272,4 +276,4 @@ def test_replicas_start_from_different_boxes_and_share_the_volume(tmp_path: Path
         assert np.ptp(file["volume"][:]) == pytest.approx(0.0, abs=1e-6)
         assert np.abs(np.diff(file["potential_energy"][:], axis=1)).min() > 0.0
     with h5py.File(tmp_path / "run/stages/04-nvt/traj-2.h5") as file:
-        assert len(file["coordinates"]) == 6
+        assert len(file["coordinates"]) == 26

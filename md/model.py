@@ -1,0 +1,68 @@
+"""The force field of a run: loading it, describing it, timing it."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bamboo import checkpoint
+from bamboo.errors import InputError
+from bamboo.evaluator import Evaluator as ForceFieldEvaluator
+from bamboo.system import System
+from md.config import RunConfig
+from md.engine.state import Evaluator, MDState
+
+
+@dataclass(frozen=True)
+class Model:
+    """A force field ready to run, and what to write down about it."""
+
+    evaluator: Evaluator
+    description: str
+    record: dict[str, Any]
+
+
+def load_model(config: RunConfig) -> Model:
+    """Load the force field of a configuration; raises ModelFileError and InputError."""
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device is cuda, but PyTorch finds no CUDA device. Use cpu or auto.")
+    path = checkpoint.resolve(config.model.name)
+    force_field = checkpoint.load(path, dtype=getattr(torch, config.model.dtype))
+    evaluator = ForceFieldEvaluator(force_field, device=device)
+    where = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
+    description = (
+        f"model {config.model.name} ({' '.join(force_field.elements)}; {config.model.dtype}; "
+        f"engine {evaluator.engine}; {where})"
+    )
+    return Model(evaluator, description, {"name": config.model.name, "file": str(path), "sha256": file_sha256(path)})
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def device_of(evaluator: Evaluator) -> torch.device:
+    """Return the device an evaluator wants its batches on."""
+    return torch.device(getattr(evaluator, "device", "cpu"))
+
+
+def seconds_per_step(evaluator: Evaluator, system: System, *, repeats: int = 3) -> float:
+    """Return the wall time of one evaluation [s], the smallest of a few."""
+    state = MDState.from_systems([system], temperature_K=300.0, seed=0, device=device_of(evaluator))
+    times = []
+    for _ in range(repeats + 1):  # the first one builds neighbour lists and warms up
+        begun = time.monotonic()
+        state.evaluate(evaluator)
+        if state.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - begun)
+    return float(np.min(times[1:]))
