@@ -21,7 +21,7 @@ from bamboo.forcefield import ForceField, ForceFieldConfig
 from bamboo.learn.evaluate import MODERATE_FORCE, MODERATE_TEMPERATURE, Errors, evaluate
 from bamboo.learn.loop import Loop, LoopConfig, Progress
 from bamboo.learn.losses import LossWeights
-from bamboo.learn.samples import far_pairs, fit_reference_energies, make_samples
+from bamboo.learn.samples import far_pairs, fit_references, make_samples
 from bamboo.nn.get import NetworkConfig
 from bamboo.quantum.dataset import Frame, read_frames
 from bamboo.terms.d3_table import fill_d3_table
@@ -46,7 +46,7 @@ class WeightsBlock(_Block):
 
     forces: Annotated[float, Field(ge=0)] = 1.0
     energy: Annotated[float, Field(ge=0)] = 1.0
-    charges: Annotated[float, Field(ge=0)] = 0.2
+    charges: Annotated[float, Field(ge=0)] = 0.5
     dipole: Annotated[float, Field(ge=0)] = 0.3
     virial: Annotated[float, Field(ge=0)] = 1.0
     raw_charge: Annotated[float, Field(ge=0)] = 1.0
@@ -139,7 +139,7 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
         )
     force_field = ForceField(ForceFieldConfig(network=NetworkConfig(**config.network.model_dump())))
     fill_d3_table(force_field.dispersion)
-    fit_reference_energies(force_field, frames)
+    fit_references(force_field, frames)
     return force_field.train()
 
 

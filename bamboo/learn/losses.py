@@ -27,7 +27,7 @@ class LossWeights:
 
     forces: float = 1.0
     energy: float = 1.0
-    charges: float = 0.2
+    charges: float = 0.5
     dipole: float = 0.3
     virial: float = 1.0
     raw_charge: float = 1.0

@@ -23,17 +23,17 @@ from bamboo.system import Batch, System
 FAR_DISTANCE = 500.0  # Å between the two clusters of a far pair
 
 
-def fit_reference_energies(force_field: ForceField, frames: Sequence[Frame]) -> None:
-    """Set the per-element reference energies [eV] by least squares over total energies, and the covered elements.
+def fit_references(force_field: ForceField, frames: Sequence[Frame]) -> None:
+    """Set per-element reference energies [eV] and charges [e], and the covered elements, from labels.
 
-    Solves min sum_f (E_f - sum_Z n_fZ e_Z)^2 / n_f, with dispersion and repulsion taken out first by the caller's
-    frames being whole labels: their contribution is small and smooth, and the network learns what remains.
+    Energies: least squares over total energies, min sum_f (E_f - sum_Z n_fZ e_Z)^2 / n_f. Charges: mean label of each
+    element. The network then learns deviations.
     """
     counts = np.stack([np.bincount(frame.system.numbers, minlength=len(force_field.known)) for frame in frames])
     energies = np.array([frame.labels.energy for frame in frames])
     present = np.flatnonzero(counts.sum(0))
     weight = 1.0 / np.sqrt(counts.sum(1))
-    # a trace of ridge keeps elements that always occur together (Li and F in LiF only) from diverging
+    # a trace of ridge keeps elements that always occur together (P and F in PF6-) from diverging
     design = np.vstack([counts[:, present] * weight[:, None], 1.0e-4 * np.eye(len(present))])
     target = np.concatenate([energies * weight, np.zeros(len(present))])
     solution = np.linalg.lstsq(design, target, rcond=None)[0]
@@ -41,6 +41,13 @@ def fit_reference_energies(force_field: ForceField, frames: Sequence[Frame]) -> 
     force_field.reference_energy[torch.from_numpy(present)] = torch.from_numpy(solution)
     force_field.known.zero_()
     force_field.known[torch.from_numpy(present)] = True
+    charged = [frame for frame in frames if frame.labels.charges is not None]
+    if charged:
+        numbers = np.concatenate([frame.system.numbers for frame in charged])
+        charges = np.concatenate([frame.labels.charges for frame in charged if frame.labels.charges is not None])
+        force_field.reference_charge.zero_()
+        for number in np.unique(numbers).tolist():
+            force_field.reference_charge[number] = float(charges[numbers == number].mean())
 
 
 def make_sample(force_field: ForceField, frame: Frame) -> Data:
@@ -110,10 +117,10 @@ def far_pairs(frames: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
     """Return frames of two labelled clusters placed 500 Å apart, of different total charge wherever possible.
 
     Labels add, each cluster keeps its own charges; the energy gains the Coulomb energy of the labelled charges. They
-    teach the network that ions far apart keep their charge.
+    teach the network that ions far apart keep their charge. No dipole: over 500 Å it would drown all other errors.
     """
     generator = np.random.default_rng(seed)
-    clusters = [f for f in frames if not f.system.pbc and f.labels.charges is not None and f.labels.dipole is not None]
+    clusters = [frame for frame in frames if not frame.system.pbc and frame.labels.charges is not None]
     if len(clusters) < 2:
         return []
     charge = np.array([round(f.system.total_charge) for f in clusters])
@@ -130,10 +137,9 @@ def far_pairs(frames: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
 def _far_pair(first: Frame, second: Frame, offset: np.ndarray) -> Frame:
     a, b = first.system, second.system
     moved = b.positions - b.positions.mean(0) + a.positions.mean(0) + offset
-    shift = moved[0] - b.positions[0]
     one, two = first.labels, second.labels
-    if one.charges is None or two.charges is None or one.dipole is None or two.dipole is None:
-        raise InputError("Far pairs need frames with charges and dipoles.")
+    if one.charges is None or two.charges is None:
+        raise InputError("Far pairs need frames with charges.")
     distance = np.linalg.norm(a.positions[:, None] - moved[None], axis=-1)
     coulomb = units.COULOMB_CONSTANT * float((one.charges[:, None] * two.charges[None] / distance).sum())
     forces = None if one.forces is None or two.forces is None else np.concatenate([one.forces, two.forces])
@@ -150,7 +156,6 @@ def _far_pair(first: Frame, second: Frame, offset: np.ndarray) -> Frame:
             energy=one.energy + two.energy + coulomb,
             forces=forces,
             charges=np.concatenate([one.charges, two.charges]),
-            dipole=one.dipole + two.dipole + b.total_charge * shift,
         ),
         kind=first.kind,
         sampling=first.sampling,
