@@ -22,7 +22,7 @@ def make_trajectory() -> Callable[..., Trajectory]:
         cell: np.ndarray | None = None,
         ensemble: Ensemble | None = None,
     ) -> Trajectory:
-        elements = {"Li": 3, "F": 9, "O": 8, "C": 6, "Ar": 18}
+        elements = {"Li": 3, "F": 9, "O": 8, "water": 8, "C": 6, "Ar": 18}
         n = len(names)
         topology = Topology(
             numbers=np.array([elements.get(name, 6) for name in names]),
