@@ -10,12 +10,11 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from bamboo.errors import BambooError
+from bamboo.errors import BambooError, InputError
 
 P = ParamSpec("P")
 app = typer.Typer(
     name="bamboo-md",
-    help="Molecular dynamics of liquid electrolytes: from a line of text to density, viscosity and conductivity.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -176,6 +175,26 @@ def bench(
     print(measure(model, atoms=atoms, device=device))
 
 
+@app.command()
+@reported
+def validate(
+    model: Annotated[str, typer.Argument(help="Model of the zoo or file.")],
+    electrolyte: Annotated[str, typer.Option(help="Composition.")] = "1 m LiPF6 in EC:DMC 30:70 wt",
+    atoms: Annotated[int, typer.Option(min=100, help="Approximate size of the box.")] = 320,
+    as_json: Json = False,
+) -> None:
+    """Test a model in a liquid: energy conservation, stability, pressure at the experimental density."""
+    from md.validation import ValidationConfig
+    from md.validation import validate as run_validation
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    report = run_validation(model, ValidationConfig(electrolyte=electrolyte, n_atoms=atoms), say=say)
+    if as_json:
+        _print_json(report.to_dict())
+
+
 @model_app.command("list")
 @reported
 def model_list() -> None:
@@ -246,6 +265,81 @@ def data_sample(
     plan = {recipe: round(count * scale) for recipe, count in PLAN.items()}
     run_campaign(plan_jobs(plan, seed=seed), folder, workers=workers, seed=seed)
     print(summary(folder))
+
+
+@data_app.command("label")
+@reported
+def data_label(
+    structures: Annotated[Path, typer.Argument(help="Structures, extended XYZ; the comment line may hold charge=...")],
+    folder: Annotated[Path, typer.Argument(help="Where frames go; run again to continue.")],
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Label given structures with GFN2-xTB (needs the extra `qm`)."""
+    from bamboo.quantum.campaign import run_campaign, structure_jobs, summary
+
+    run_campaign(structure_jobs(structures), folder, workers=workers, seed=1, library=False)
+    print(summary(folder))
+
+
+@data_app.command("harvest")
+@reported
+def data_harvest(
+    model: Annotated[str, typer.Argument(help="Model of the zoo or file that drives the dynamics.")],
+    output: Annotated[Path, typer.Argument(help="Extended XYZ file to append structures to.")],
+    boxes: Annotated[int, typer.Option(min=1, help="Number of random liquids.")] = 50,
+    atoms: Annotated[int, typer.Option(min=50, help="Atoms per box.")] = 120,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Simulate random liquids with a model and keep structures worth labelling, failures included."""
+    from bamboo.checkpoint import load
+    from md.harvest import HarvestConfig
+    from md.harvest import harvest as run_harvest
+
+    written = run_harvest(load(model), HarvestConfig(n_boxes=boxes, n_atoms=atoms, seed=seed), output)
+    print(f"wrote {written} structures to {output}")
+
+
+@data_app.command("import")
+@reported
+def data_import(
+    source: Annotated[Path, typer.Argument(help="Extended XYZ file with energies and forces.")],
+    output: Annotated[Path, typer.Argument(help="HDF5 file to write.")],
+    units: Annotated[str, typer.Option(help='"energy,length" or "energy,length,dipole", such as "kcal/mol,Å,Debye".')],
+    level: Annotated[str, typer.Option(help='Name of the method, such as "B3LYP/def2-SVPD".')],
+    key: Annotated[list[str] | None, typer.Option(help="What the file calls a quantity: energy=dft_energy.")] = None,
+) -> None:
+    """Import labelled frames from extended XYZ."""
+    from bamboo.quantum.dataset import count_table, write_frames
+    from bamboo.quantum.importers import import_extxyz
+
+    names = dict(_assignment(text) for text in key or [])
+    frames = import_extxyz(source, units=units, level=level, keys=names)
+    write_frames(output, frames, provenance={"source": source.name, "units": units})
+    print(count_table(frames))
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise InputError(f"--key {text}: expected quantity=name, for example energy=dft_energy.")
+    return name, value
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from bamboo import __version__
+
+        print(f"bamboo-md {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Molecular dynamics of liquid electrolytes: from a line of text to density, viscosity and conductivity."""
 
 
 def main() -> None:

@@ -109,10 +109,25 @@ def test_doctor_reports_versions() -> None:
 def test_commands_exist() -> None:
     code, out, _ = invoke("--help")
     assert code == 0
-    for name in ("run", "check", "build", "analyze", "train", "schema", "doctor", "bench", "model", "data"):
+    for name in ("run", "check", "build", "analyze", "train", "validate", "schema", "doctor", "bench", "model", "data"):
         assert name in out
     assert {"import", "info", "list"} <= set(invoke("model", "--help")[1].split())
-    assert {"info", "merge", "sample"} <= set(invoke("data", "--help")[1].split())
+    assert {"import", "info", "merge", "sample", "label", "harvest"} <= set(invoke("data", "--help")[1].split())
+    assert invoke("--version")[1].startswith("bamboo-md 0")
+
+
+def test_extended_xyz_is_imported_and_described(here: Path) -> None:
+    (here / "water.xyz").write_text(
+        "3\nProperties=species:S:1:pos:R:3:forces:R:3 dft_energy=-1000.0 charge=0\n"
+        "O 0 0 0 0.1 0 0\nH 0.96 0 0 -0.1 0 0\nH -0.24 0.93 0 0 0 0\n"
+    )
+    arguments = ("data", "import", "water.xyz", "water.h5", "--units", "eV,Å", "--level", "test")
+    assert invoke(*arguments)[0] == 2  # no key `energy` in the file
+    code, out, err = invoke(*arguments, "--key", "energy=dft_energy")
+    assert code == 0, err
+    assert "frames" in out
+    assert "source: water.xyz" in invoke("data", "info", "water.h5")[1]
+    assert invoke(*arguments, "--key", "energy")[2].startswith("--key energy: expected quantity=name")
 
 
 def test_every_command_has_help() -> None:
