@@ -60,10 +60,11 @@ def plan_jobs(plan: Mapping[str, int], *, seed: int) -> list[Job]:
 
 
 def structure_jobs(path: str | Path) -> list[Job]:
-    """List one job per structure of an extended-XYZ file, in a random order.
+    """List one job per structure of an extended-XYZ file, in a random order; structures of one run share a split.
 
-    Read from each comment line: ``charge`` (total, e; default 0), ``kind`` (default periodic or large), ``sampling``
-    (default liquid), ``trajectory`` (default the file's name), ``temperature_K``; a column ``molecule`` is optional.
+    Read from each comment line, all optional: ``charge`` (total, e; default 0), ``kind`` (default periodic or large),
+    ``sampling`` (default liquid), ``trajectory`` (name of the run; default the file's), ``temperature_K``. A column
+    ``molecule`` is kept.
     """
     from ase.io import iread
 
@@ -72,7 +73,7 @@ def structure_jobs(path: str | Path) -> list[Job]:
         system, info = System.from_atoms(atoms), atoms.info
         trajectory = str(info.get("trajectory", Path(path).stem))
         job = Job(
-            f"{trajectory}-{k:05d}",
+            f"{trajectory}/{k:05d}",
             "label",
             structure=system,
             kind=str(info.get("kind", "periodic" if system.pbc else "large")),
@@ -178,7 +179,11 @@ def _run_job(job: Job) -> tuple[Outcome, float]:
     if job.structure is not None:
         label_structure(job.structure, outcome, kind=job.kind, sampling=job.sampling, temperature_K=job.temperature_K)
     elif _LIBRARY is not None:
-        RECIPES[job.recipe](generator, _LIBRARY, outcome)
+        try:
+            RECIPES[job.recipe](generator, _LIBRARY, outcome)
+        except InputError as error:  # a composition that cannot be packed must not end the campaign
+            print(f"{job.name}: {error}", file=sys.stderr, flush=True)
+            outcome.rejected += 1
     return outcome, time.monotonic() - begin
 
 

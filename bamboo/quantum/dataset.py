@@ -64,7 +64,7 @@ class Frame:
 
     kind           what it is: one of ``KINDS``
     sampling       how its geometry was found: one of ``SAMPLINGS``
-    trajectory     name of the run it came from; frames of one trajectory resemble each other and share a split
+    trajectory     name of the run it came from, or "run/part"; frames of one run resemble each other and share a split
     temperature_K  of the dynamics that made it; NaN where there was none
     """
 
@@ -85,8 +85,9 @@ class Frame:
 
     @property
     def split(self) -> str:
-        """Return train (85 %), validation (5 %) or test (10 %), decided by a hash of the trajectory's name."""
-        draw = int.from_bytes(hashlib.sha256(self.trajectory.encode()).digest()[:4], "big") / 2**32
+        """Return train (85 %), validation (5 %) or test (10 %), decided by a hash of the run's name."""
+        run = self.trajectory.partition("/")[0]
+        draw = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4], "big") / 2**32
         return "train" if draw < 0.85 else "validation" if draw < 0.90 else "test"
 
 
@@ -256,7 +257,7 @@ def _frame(
     system = System(
         numbers=atoms["numbers"][rows],  # type: ignore[arg-type]
         positions=atoms["positions"][rows],  # type: ignore[arg-type]
-        cell=columns["cell"][f],  # type: ignore[arg-type]
+        cell=columns["cell"][f],
         pbc=bool(columns["pbc"][f]),
         total_charge=float(columns["total_charge"][f]),
         molecule=None if molecule[0] == UNKNOWN_MOLECULE else molecule,  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import ase
 import numpy as np
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 from ase.optimize import BFGS
 from numpy.typing import NDArray
 
@@ -50,6 +50,6 @@ def relax(atoms: ase.Atoms, n_steps: int) -> None:
 
 def langevin(atoms: ase.Atoms, *, temperature_K: float, generator: np.random.Generator) -> Langevin:
     """Draw thermal momenta and return Langevin dynamics with a time step of 1 fs."""
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature_K, rng=generator)
+    thermalize_momenta(atoms, temperature_K, rng=generator)
     friction = FRICTION_PER_FS / FEMTOSECOND
     return Langevin(atoms, FEMTOSECOND, temperature_K=temperature_K, friction=friction, fixcm=False, rng=generator)

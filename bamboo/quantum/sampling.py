@@ -313,7 +313,8 @@ def _seed(generator: np.random.Generator) -> int:
 def _random_rotation(generator: np.random.Generator, positions: NDArray[np.float64]) -> NDArray[np.float64]:
     quaternion = generator.normal(size=4)
     rotation: NDArray[np.float64] = Rotation.from_quat(quaternion / np.linalg.norm(quaternion)).as_matrix()
-    return (positions - positions.mean(axis=0)) @ rotation.T
+    rotated: NDArray[np.float64] = (positions - positions.mean(axis=0)) @ rotation.T
+    return rotated
 
 
 def _pair_system(names: tuple[str, str], first: NDArray[np.float64], second: NDArray[np.float64]) -> System:

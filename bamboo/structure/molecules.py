@@ -161,7 +161,7 @@ def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
         symbols=tuple(atom.GetSymbol() for atom in full.GetAtoms()),
         positions=_relaxed_conformers(full, N_CONFORMERS)[0],
         charge=Chem.GetFormalCharge(full),
-        bonds=tuple(sorted(tuple(sorted((b.GetBeginAtomIdx(), b.GetEndAtomIdx()))) for b in full.GetBonds())),
+        bonds=tuple(sorted(_ordered(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in full.GetBonds())),
         smiles=smiles,
     )
     check_geometry(built)
@@ -194,16 +194,17 @@ def check_geometry(checked: Molecule) -> None:
 
 def _relaxed_conformers(full: Any, n: int) -> list[NDArray[np.float64]]:
     """Embed conformers of an RDKit molecule with hydrogens, relax them by force field, and sort them by energy."""
-    from rdkit.Chem import AllChem
+    from rdkit.Chem import MolToSmiles, rdDistGeom
+    from rdkit.Chem import rdForceFieldHelpers as fields
 
     if full.GetNumAtoms() == 1:
         return [_centred(np.zeros((1, 3)))]
-    parameters = AllChem.ETKDGv3()
-    parameters.randomSeed = 2025
-    if len(AllChem.EmbedMultipleConfs(full, n, parameters)) == 0:
-        raise InputError(f"RDKit found no geometry for '{AllChem.MolToSmiles(full)}'. Check valences and ring strain.")
-    merck = AllChem.MMFFHasAllMoleculeParams(full)
-    relax = AllChem.MMFFOptimizeMoleculeConfs if merck else AllChem.UFFOptimizeMoleculeConfs
+    parameters = rdDistGeom.ETKDGv3()
+    parameters.randomSeed = 2025  # type: ignore[assignment]
+    if len(rdDistGeom.EmbedMultipleConfs(full, n, parameters)) == 0:
+        raise InputError(f"RDKit found no geometry for '{MolToSmiles(full)}'. Check valences and ring strain.")
+    merck = fields.MMFFHasAllMoleculeParams(full)
+    relax = fields.MMFFOptimizeMoleculeConfs if merck else fields.UFFOptimizeMoleculeConfs
     energies = [energy for _, energy in relax(full, maxIters=2000)]
     positions = [np.asarray(shape.GetPositions(), dtype=np.float64) for shape in full.GetConformers()]
     return [_centred(positions[k]) for k in np.argsort(energies, kind="stable")]
@@ -226,7 +227,11 @@ def _from_template(name: str, *, smiles: str) -> Molecule:
     return built
 
 
+def _ordered(a: int, b: int) -> tuple[int, int]:
+    return (a, b) if a < b else (b, a)
+
+
 def _centred(positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    centred = positions - positions.mean(axis=0)
+    centred: NDArray[np.float64] = positions - positions.mean(axis=0)
     centred.flags.writeable = False  # molecules are cached and shared
     return centred

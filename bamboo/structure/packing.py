@@ -222,7 +222,7 @@ def _draw_conformers(members: list[Molecule], conformers: Conformers | None, *, 
     shapes = []
     for member in members:
         choices = conformers.get(member.name) if conformers else None
-        shapes.append(choices[generator.integers(len(choices))] if choices else member.positions)
+        shapes.append(choices[int(generator.integers(len(choices)))] if choices else member.positions)
     return shapes
 
 

@@ -82,6 +82,7 @@ def test_every_column_names_its_unit(tmp_path):
 def test_split_follows_the_trajectory_in_the_stated_shares():
     frame = make_frame(0)
     assert all(replace(make_frame(k), trajectory="x").split == replace(frame, trajectory="x").split for k in range(9))
+    assert all(replace(frame, trajectory=f"x/{k}").split == replace(frame, trajectory="x").split for k in range(9))
     splits = [replace(frame, trajectory=f"run-{k}").split for k in range(4000)]
     # standard error of a share p of 4000 draws: sqrt(p (1 - p) / 4000) <= 0.006; four of them
     for split, share in (("train", 0.85), ("validation", 0.05), ("test", 0.10)):

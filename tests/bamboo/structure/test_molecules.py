@@ -89,7 +89,7 @@ def test_bad_geometry_is_refused():
     with pytest.raises(InputError, match=r"F1-F2 of 'PF6' is 0\.90 Å"):
         check_geometry(replace(molecule("PF6"), positions=broken))
     stretched = molecule("EC").positions * 1.4
-    with pytest.raises(InputError, match="Bond .* of 'EC'"):
+    with pytest.raises(InputError, match=r"Bond .* of 'EC'"):
         check_geometry(replace(molecule("EC"), positions=stretched))
 
 
