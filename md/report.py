@@ -10,9 +10,10 @@ from bamboo import units
 from md.analysis.diffusion import barycentric_centres, mean_squared_displacement
 from md.analysis.estimate import Estimate
 from md.analysis.statistics import autocovariance, equilibration_start
+from md.analysis.structure import radial_distribution
 from md.analysis.viscosity import deviatoric_components
 from md.config import NPT, RunConfig
-from md.results import StageData, production, stage_data
+from md.results import StageData, has_element, monatomic_cations, production, stage_data
 from md.run_folder import RunFolder
 from md.trajectory import ThermoSeries
 
@@ -30,6 +31,9 @@ def write_figures(folder: RunFolder, config: RunConfig, properties: dict[str, Es
         figures["viscosity"] = viscosity_figure(data.thermo, properties.get("viscosity"))
     if data is not None and min(trajectory.n_frames for trajectory in data.trajectories) > 2:
         figures["msd"] = msd_figure(data)
+        topology = data.trajectories[0].topology
+        if has_element(topology, "O"):
+            figures |= {f"rdf-{cation}-O": rdf_figure(data, cation) for cation in monatomic_cations(topology)}
     folder.figures.mkdir(exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -86,6 +90,20 @@ def msd_figure(data: StageData) -> Figure:
     highest = max(float(curve[-1]) for curve in curves.values())
     axes.loglog(time_ps, highest * time_ps / time_ps[-1], "k:", lw=1.0, label="slope 1")
     axes.legend()
+    return figure
+
+
+def rdf_figure(data: StageData, cation: str) -> Figure:
+    """g(r) of oxygen around a cation, and the running coordination number, mean over replicas."""
+    figure, axes = _axes("r / Å", "g(r)", title=f"{cation}-O, {data.name}")
+    results = [
+        radial_distribution(t, t.topology.select(species=cation), second=t.topology.select(element="O"), r_max=7.0)
+        for t in data.trajectories
+    ]
+    axes.plot(results[0].r, np.mean([result.g for result in results], axis=0), lw=1.0)
+    right = axes.twinx()
+    right.plot(results[0].r, np.mean([result.coordination for result in results], axis=0), "C1", lw=1.0)
+    right.set(ylabel="running coordination number", ylim=(0.0, 10.0))
     return figure
 
 

@@ -4,23 +4,30 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+from ase.data import atomic_numbers
 
 from bamboo.errors import InputError
 from md import protocol
 from md.analysis.conductivity import conductivity, green_kubo_conductivity
-from md.analysis.density import density
+from md.analysis.density import SHORTEST_PS, density
 from md.analysis.diffusion import self_diffusion
 from md.analysis.estimate import Estimate, format_time, no_value
-from md.analysis.statistics import equilibration_start
+from md.analysis.statistics import combine, equilibration_start
+from md.analysis.structure import coordination_numbers, ion_pairing
 from md.analysis.viscosity import viscosity
 from md.config import NPT, Minimise, RunConfig
 from md.protocol import TRANSPORT
 from md.recording import trajectory_path
 from md.run_folder import RunFolder
+from md.topology import Topology
 from md.trajectory import ThermoSeries, Trajectory
 
 FEWEST_FRAMES = 16
+LIGANDS = ("O", "F")  # elements that bind lithium in electrolytes
 
 
 def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protocol.Dynamics, Path]]:
@@ -31,49 +38,6 @@ def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protoco
         if not isinstance(stage, Minimise)
     ]
     return [(stage, path) for stage, path in stages if (path / "thermo.h5").exists()]
-
-
-def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
-    """Return the properties that were asked for, each a value with its error bar or the reason why there is none.
-
-    Density comes from the last NPT stage, the rest from the last stage whose ensemble supports transport.
-    """
-    asked = set(config.properties)
-    properties: dict[str, Estimate] = {}
-    if "density" in asked:
-        npt = stage_data(folder, config, suits=lambda stage: isinstance(stage, NPT))
-        if npt is None:
-            properties["density"] = no_value("the run has no npt stage", unit="g/cm3", method="NPT average")
-        else:
-            properties |= _or_reason("density", "g/cm3", lambda: density(npt.thermo))
-    data = production(folder, config)
-    if data is None:
-        missing = sorted(asked - {"density"})
-        return properties | {name: no_value("no stage of dynamics has run", unit="", method="") for name in missing}
-    n_frames = min(trajectory.n_frames for trajectory in data.trajectories)
-    if n_frames < FEWEST_FRAMES:
-        reason = f"{data.name} wrote {n_frames} frames, too few for any analysis: run longer"
-        return properties | {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
-    temperature_K = float(data.thermo.temperature_K.mean())
-    eta = _or_reason("viscosity", "mPa s", lambda: viscosity(data.thermo)) if asked & TRANSPORT else {}
-    if "viscosity" in asked:
-        properties |= eta
-    if "conductivity" in asked:
-        charged = bool(data.trajectories[0].topology.molecule_charges.any())
-        if charged:
-            properties |= _or_reason(
-                "conductivity", "mS/cm", lambda: conductivity(data.trajectories, temperature_K=temperature_K)
-            )
-            properties |= _or_reason("conductivity_green_kubo", "mS/cm", lambda: green_kubo_conductivity(data.thermo))
-        else:
-            properties["conductivity"] = no_value("there are no ions", unit="mS/cm", method="")
-    if "diffusion" in asked:
-        properties |= _or_reason(
-            "diffusion",
-            "cm2/s",
-            lambda: self_diffusion(data.trajectories, temperature_K=temperature_K, viscosity=eta.get("viscosity")),
-        )
-    return properties
 
 
 @dataclass(frozen=True)
@@ -102,6 +66,112 @@ def production(folder: RunFolder, config: RunConfig) -> StageData | None:
         return protocol.ensemble(stage, pressure=config.target_pressure).transport_objection is None
 
     return stage_data(folder, config, suits=supports) or stage_data(folder, config, suits=lambda stage: True)
+
+
+def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
+    """Return the properties that were asked for, each a value with its error bar or the reason why there is none.
+
+    Density comes from the last NPT stage, the rest from the last stage whose ensemble supports transport.
+    """
+    asked: set[str] = set(config.properties)
+    properties: dict[str, Estimate] = {}
+    if "density" in asked:
+        npt = stage_data(folder, config, suits=lambda stage: isinstance(stage, NPT))
+        if npt is None:
+            properties["density"] = no_value("the run has no npt stage", unit="g/cm3", method="NPT average")
+        else:
+            properties |= _or_reason("density", "g/cm3", lambda: density(npt.thermo))
+    data = production(folder, config)
+    if data is None:
+        missing = sorted(asked - {"density"})
+        return properties | {name: no_value("no stage of dynamics has run", unit="", method="") for name in missing}
+    n_frames = min(trajectory.n_frames for trajectory in data.trajectories)
+    if n_frames < FEWEST_FRAMES:
+        reason = f"{data.name} wrote {n_frames} frames, too few for any analysis: run longer"
+        return properties | {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
+    return properties | _long_enough(_production_properties(asked, data), data)
+
+
+def _production_properties(asked: set[str], data: StageData) -> dict[str, Estimate]:
+    properties: dict[str, Estimate] = {}
+    temperature_K = float(data.thermo.temperature_K.mean())
+    eta = _or_reason("viscosity", "mPa s", lambda: viscosity(data.thermo)) if asked & TRANSPORT else {}
+    if "viscosity" in asked:
+        properties |= eta
+    if "conductivity" in asked:
+        charged = bool(data.trajectories[0].topology.molecule_charges.any())
+        if charged:
+            properties |= _or_reason(
+                "conductivity", "mS/cm", lambda: conductivity(data.trajectories, temperature_K=temperature_K)
+            )
+            properties |= _or_reason("conductivity_green_kubo", "mS/cm", lambda: green_kubo_conductivity(data.thermo))
+        else:
+            properties["conductivity"] = no_value("there are no ions", unit="mS/cm", method="")
+    if "diffusion" in asked:
+        properties |= _or_reason(
+            "diffusion",
+            "cm2/s",
+            lambda: self_diffusion(data.trajectories, temperature_K=temperature_K, viscosity=eta.get("viscosity")),
+        )
+    if "coordination" in asked:
+        properties |= _or_reason("coordination", "", lambda: coordination(data.trajectories))
+    return properties
+
+
+def _long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, Estimate]:
+    """Withdraw values of stages shorter than ``SHORTEST_PS``: statistics cannot see motions that are slower still.
+
+    A shell around an ion lives for 10 ps and more; before that, any average shows how the box was packed.
+    """
+    length_ps = float(data.thermo.time_ps[-1] - data.thermo.time_ps[0])
+    if length_ps >= SHORTEST_PS:
+        return properties
+    return {
+        name: estimate
+        if estimate.value is None
+        else no_value(
+            f"not converged: {format_time(length_ps)} of {data.name}, at least {format_time(SHORTEST_PS)} are needed",
+            unit=estimate.unit,
+            method=estimate.method,
+            n_effective=estimate.n_effective,
+        )
+        for name, estimate in properties.items()
+    }
+
+
+def coordination(trajectories: Sequence[Trajectory]) -> dict[str, Estimate]:
+    """Return the neighbours of every monatomic cation and the state of its ion pairs, averaged over replicas."""
+    topology = trajectories[0].topology
+    cations = monatomic_cations(topology)
+    if not cations:
+        return {"coordination": no_value("there are no monatomic cations", unit="", method="")}
+    properties: dict[str, Estimate] = {}
+    for cation in cations:
+        for ligand in LIGANDS:
+            if has_element(topology, ligand):
+                properties |= _over_replicas(trajectories, partial(coordination_numbers, centre=cation, ligand=ligand))
+        properties |= _over_replicas(trajectories, partial(ion_pairing, cation=cation))
+    return properties
+
+
+def monatomic_cations(topology: Topology) -> list[str]:
+    """Return the species that are single positive ions."""
+    sizes, charges = np.bincount(topology.molecule), topology.molecule_charges
+    return [name for name, index in topology.species.items() if sizes[index[0]] == 1 and charges[index[0]] > 0.0]
+
+
+def has_element(topology: Topology, element: str) -> bool:
+    """Tell whether an element occurs in the box."""
+    return bool((topology.numbers == atomic_numbers[element]).any())
+
+
+def _over_replicas(
+    trajectories: Sequence[Trajectory], function: Callable[[Trajectory], dict[str, Estimate]]
+) -> dict[str, Estimate]:
+    per_replica = [function(trajectory) for trajectory in trajectories]
+    if len(per_replica) == 1:
+        return per_replica[0]
+    return {name: combine([results[name] for results in per_replica]) for name in per_replica[0]}
 
 
 def _or_reason(name: str, unit: str, estimate: Callable[[], dict[str, Estimate]]) -> dict[str, Estimate]:
@@ -134,17 +204,33 @@ def write_properties(folder: RunFolder, properties: dict[str, Estimate]) -> None
 
 
 def property_table(properties: dict[str, Estimate]) -> list[str]:
-    """Return one line per property: value with error bar, or "not converged" with the reason; warnings beneath."""
+    """Return the values with error bars and warnings, then what has no value, grouped by its reason."""
     if not properties:
         return ["no properties asked for"]
     width = max(len(name) for name in properties) + 2
-    lines = []
+    lines: list[str] = []
+    reasons: dict[str, list[str]] = {}
     for name, estimate in properties.items():
-        first, *rest = estimate.warnings if estimate.value is None else ("", *estimate.warnings)
-        shown = f"no value: {first}" if estimate.value is None else str(estimate)
-        lines.append(f"{name:<{width}s}{shown}")
-        lines += [f"{'':<{width}s}  {warning}" for warning in rest]
+        if estimate.value is None:
+            reasons.setdefault("; ".join(estimate.warnings) or "no reason given", []).append(name)
+            continue
+        lines.append(f"{name:<{width}s}{estimate}")
+        lines += [f"{'':<{width}s}  {warning}" for warning in estimate.warnings]
+    for reason, names in reasons.items():
+        lines += [f"no value: {', '.join(names)}", f"    {reason}"]
     return lines
+
+
+def write_thermo_table(folder: RunFolder, config: RunConfig) -> None:
+    """Join the thermo.csv of all stages into one at the top of the run, with the stage as first column."""
+    rows: list[str] = []
+    for _, path in dynamics_folders(folder, config):
+        if (path / "thermo.csv").exists():
+            header, *records = (path / "thermo.csv").read_text().splitlines()
+            rows = rows or [f"stage,{header}"]
+            rows += [f"{path.name},{record}" for record in records]
+    if rows:
+        (folder.path / "thermo.csv").write_text("\n".join(rows) + "\n")
 
 
 def _finite(fields: dict[str, object]) -> dict[str, object]:

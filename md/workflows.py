@@ -28,7 +28,7 @@ from md.engine.simulation import Simulation
 from md.engine.state import Evaluator, MDState
 from md.model import Model, device_of, load_model, seconds_per_step
 from md.recording import FrameRecorder, ThermoRecorder, build_topology, write_pdb
-from md.results import analyse, mean_volume, property_table, write_properties
+from md.results import analyse, mean_volume, property_table, write_properties, write_thermo_table
 from md.run_folder import RunFolder
 from md.run_log import RunLog
 from md.topology import Topology
@@ -112,6 +112,7 @@ def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estim
 
     properties = analyse(folder, config)
     write_properties(folder, properties)
+    write_thermo_table(folder, config)
     write_figures(folder, config, properties)
     (folder.path / "CITATIONS.bib").write_text(bibliography(config), encoding="utf-8")
     return properties, property_table(properties)

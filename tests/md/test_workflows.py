@@ -8,6 +8,7 @@ import time
 from collections import namedtuple
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import ase.io
 import h5py
@@ -19,8 +20,10 @@ from rich.console import Console
 from bamboo.errors import CheckpointedStop, GuardError, InputError
 from bamboo.structure.molecules import molecule
 from bamboo.system import Batch
+from md.analysis.estimate import Estimate, no_value
 from md.config import RunConfig, load_config
 from md.model import Model
+from md.results import _long_enough, property_table
 from md.run_folder import RunFolder, differences
 from md.workflows import run
 
@@ -121,7 +124,16 @@ def test_the_run_folder_holds_everything(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     stages = [f"stages/{name}/{file}" for name in ("02-warm-up", "03-npt", "04-nvt") for file in STAGE_FILES]
-    expected = {"input.yaml", "resolved.yaml", "manifest.json", "start.extxyz", "start.pdb", "log.txt", *stages}
+    expected = {
+        "input.yaml",
+        "resolved.yaml",
+        "manifest.json",
+        "start.extxyz",
+        "start.pdb",
+        "log.txt",
+        "thermo.csv",
+        *stages,
+    }
     assert expected | {"properties.json", "CITATIONS.bib", *FIGURES} <= present
     assert (folder / "input.yaml").read_text() == CONFIG
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -162,10 +174,28 @@ def test_sixty_femtoseconds_are_not_called_a_density(finished: tuple[Path, str])
     density = json.loads((folder / "properties.json").read_text())["density"]
     assert density["value"] is None and density["unit"] == "g/cm3"
     assert "run about" in density["warnings"][0]
-    assert "no value: not converged" in output
+    assert "no value: density" in output
     for name, estimate in json.loads((folder / "properties.json").read_text()).items():
-        if estimate["value"] is None:
-            assert estimate["warnings"], f"{name} has neither a value nor a reason"
+        assert estimate["value"] is None, f"{name} from 50 fs"
+        assert estimate["warnings"], f"{name} has neither a value nor a reason"
+
+
+def test_what_a_short_stage_gives_is_withdrawn_and_a_long_one_kept() -> None:
+    value = Estimate(1.0, 0.1, "mPa s", 30.0, "Green-Kubo")
+    none = no_value("no ions", unit="mS/cm", method="")
+    series = SimpleNamespace(time_ps=np.array([0.0, 49.0]))
+    short = _long_enough({"viscosity": value, "conductivity": none}, SimpleNamespace(thermo=series, name="04-nvt"))
+    assert short["viscosity"].value is None
+    assert short["viscosity"].warnings == ("not converged: 49 ps of 04-nvt, at least 50 ps are needed",)
+    assert short["conductivity"] is none
+    series.time_ps[-1] = 51.0
+    assert _long_enough({"viscosity": value}, SimpleNamespace(thermo=series, name="04-nvt")) == {"viscosity": value}
+
+
+def test_the_property_table_groups_reasons() -> None:
+    none = no_value("too short", unit="", method="")
+    table = property_table({"density": Estimate(1.0, 0.1, "g/cm3", 30.0, "NPT", ("careful",)), "a": none, "b": none})
+    assert table == ["density  1.00 ± 0.10 g/cm3 (N_eff 30)", "           careful", "no value: a, b", "    too short"]
 
 
 def test_the_console_shows_composition_stages_and_progress(finished: tuple[Path, str]) -> None:
