@@ -1,13 +1,16 @@
-"""The messages of a layer and their first and second derivative by the native library, for training on a CPU.
+"""Edge features, messages and their first and second derivative by the native library, for training on a CPU.
 
 Training on forces differentiates twice. Plain torch writes some forty arrays of (n_edges, F) for the messages of one
-layer on the way there and back; ``_messages.cpp`` keeps what belongs to an edge in registers and does the forward pass,
-its gradient, and the gradient of that gradient in one loop over the edges each. The result is that of the plain
-``bamboo.nn.get.messages``, which stays the definition and takes over wherever ``graph_of`` returns None.
+layer on the way there and back; ``source/messages.h`` keeps what belongs to an edge in registers and does the forward
+pass, its gradient, and the gradient of that gradient in one loop over the edges each. Edge features depend on the
+distance alone, so ``source/edges.h`` computes them together with their derivative e'(r).
+
+The results are those of the plain torch in ``bamboo.nn.get``, which stays the definition and takes over wherever
+``graph_of`` returns None.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +22,9 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from bamboo.nn.radial import RadialBasis
+
+Tensor = torch.Tensor
 MAX_CHANNELS = 512  # of the native library
 _enabled = True
 
@@ -27,7 +33,7 @@ _enabled = True
 def _library() -> ctypes.CDLL | None:
     """Return the native library that the installation built beside this file, or None where there was no compiler."""
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_messages" + suffix)
+        path = Path(__file__).with_name("_fused" + suffix)
         if path.exists():
             return ctypes.CDLL(str(path))
     return None
@@ -40,13 +46,35 @@ def available() -> bool:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Compute messages in plain torch inside this context, native library or not."""
+    """Compute in plain torch inside this context, native library or not."""
     global _enabled
     before, _enabled = _enabled, False
     try:
         yield
     finally:
         _enabled = before
+
+
+def _threads(n_edges: int) -> int:
+    """Return how many threads to use: waking one costs as much as a thousand edges."""
+    return max(1, min(torch.get_num_threads(), n_edges // 1000))
+
+
+def _call(name: str, *arguments: Tensor | int | float) -> None:
+    """Run one function of the native library; tensors are contiguous, of one floating type that stands last."""
+    library = _library()
+    floating = [item.dtype for item in arguments if isinstance(item, Tensor) and item.is_floating_point()]
+    function = getattr(library, f"{name}_{str(floating[0]).removeprefix('torch.')}")
+    converted: list[Any] = []
+    for item in arguments:
+        if isinstance(item, Tensor):
+            converted.append(ctypes.c_void_p(item.data_ptr()))
+        else:
+            converted.append(ctypes.c_int64(item) if isinstance(item, int) else ctypes.c_double(item))
+    function(*converted)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,12 +84,12 @@ class Graph:
     first (n_atoms + 1,) and sender (n_edges,) int64, contiguous; heads, number of attention heads.
     """
 
-    first: torch.Tensor
-    sender: torch.Tensor
+    first: Tensor
+    sender: Tensor
     heads: int
 
 
-def graph_of(edge_index: torch.Tensor, n_atoms: int, *, channels: int, heads: int, differential: bool) -> Graph | None:
+def graph_of(edge_index: Tensor, n_atoms: int, *, channels: int, heads: int, differential: bool) -> Graph | None:
     """Return the graph for ``messages``, or None if plain torch has to do it.
 
     That is where there is no native library, off the CPU, for differential attention, and for edges that are not
@@ -76,47 +104,34 @@ def graph_of(edge_index: torch.Tensor, n_atoms: int, *, channels: int, heads: in
     return Graph(first, edge_index[1].contiguous(), heads)
 
 
-def messages(
-    qkv: torch.Tensor, feature: torch.Tensor, envelope: torch.Tensor, direction: torch.Tensor, graph: Graph
-) -> tuple[torch.Tensor, torch.Tensor]:
+def messages(qkv: Tensor, feature: Tensor, envelope: Tensor, direction: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
     """Return m (n, F) and M (n, 3, F) of ``bamboo.nn.get.messages``, twice differentiable in all but the graph."""
     scalar, vector = _Messages.apply(qkv, feature, envelope, direction, graph)  # type: ignore[no-untyped-call]
     return scalar, vector
 
 
-def _call(name: str, graph: Graph, *tensors: torch.Tensor) -> None:
-    """Run one function of the native library on contiguous tensors of one dtype."""
-    library = _library()
-    assert library is not None
-    channels = tensors[0].shape[1] // 3
-    function = getattr(library, f"messages_{'f32' if tensors[0].dtype == torch.float32 else 'f64'}_{name}")
-    function(
-        ctypes.c_int64(len(tensors[0])),
-        ctypes.c_void_p(graph.first.data_ptr()),
-        ctypes.c_void_p(graph.sender.data_ptr()),
-        ctypes.c_int(channels),
-        ctypes.c_int(channels // graph.heads),
-        ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-    )
+def _call_messages(name: str, graph: Graph, qkv: Tensor, *tensors: Tensor) -> None:
+    channels = qkv.shape[1] // 3
+    sizes = (channels, channels // graph.heads, _threads(len(graph.sender)))
+    _call(name, len(qkv), graph.first, graph.sender, *sizes, qkv, *tensors)
 
 
 class _Messages(Function):
     """(qkv, e, f, u) -> (m, M)."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, graph = arguments
         inputs = [tensor.contiguous() for tensor in tensors]
         n_atoms, channels = len(inputs[0]), inputs[1].shape[1]
         scalar, vector = inputs[0].new_empty(n_atoms, channels), inputs[0].new_empty(n_atoms, 3, channels)
-        _call("forward", graph, *inputs, scalar, vector)
+        _call_messages("messages", graph, *inputs, scalar, vector)
         ctx.graph = graph
         ctx.save_for_backward(*tensors)
         return scalar, vector
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient = _Gradient.apply(*upstream, *ctx.saved_tensors, ctx.graph)  # type: ignore[no-untyped-call]
         return (*gradient, None)
 
@@ -125,21 +140,125 @@ class _Gradient(Function):
     """(g, G, qkv, e, f, u) -> gradient of sum g.m + G.M with respect to (qkv, e, f, u)."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, graph = arguments
         g, vector_g, *inputs = (tensor.contiguous() for tensor in tensors)
         gradient = (torch.zeros_like(inputs[0]), *(torch.empty_like(tensor) for tensor in inputs[1:]))
-        _call("backward", graph, *inputs, g, vector_g, *gradient)
+        _call_messages("messages_backward", graph, *inputs, g, vector_g, *gradient)
         ctx.graph = graph
         ctx.save_for_backward(*tensors)
         return gradient
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *along: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *along: Tensor) -> tuple[Tensor | None, ...]:
         g, vector_g, *inputs = (tensor.contiguous() for tensor in ctx.saved_tensors)
         on_upstream = (torch.empty_like(g), torch.empty_like(vector_g))
         on_inputs = (torch.zeros_like(inputs[0]), *(torch.empty_like(tensor) for tensor in inputs[1:]))
         directions = (tensor.contiguous() for tensor in along)
-        _call("second", ctx.graph, *inputs, g, vector_g, *directions, *on_upstream, *on_inputs)
+        _call_messages("messages_second", ctx.graph, *inputs, g, vector_g, *directions, *on_upstream, *on_inputs)
         return (*on_upstream, *on_inputs, None)
+
+
+# --- edge features ----------------------------------------------------------------------------------------------------
+
+
+def edge_features(
+    distance: Tensor, radial: RadialBasis, weight: Tensor, *, cutoff: float, plain: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return e(r) = SiLU(W phi(r)), (n_edges, F), twice differentiable in the distance (n_edges,) and the parameters.
+
+    ``plain`` computes the same in plain torch; it is asked only for e''(r), which training never needs.
+    """
+    settings = (radial.decay, cutoff)
+    value, slope = _Features.apply(distance.detach(), radial.means, radial.betas, weight, settings)  # type: ignore[no-untyped-call]
+    attached: Tensor = _Attached.apply(value, slope, distance, plain)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _Features(Function):
+    """(r, mu, beta, W) -> (e, e'), differentiable once, and in the parameters only."""
+
+    @staticmethod
+    def forward(ctx: Any, distance: Tensor, means: Tensor, betas: Tensor, weight: Tensor, settings: Any) -> Any:
+        sizes = (len(distance), len(means), _threads(len(distance)))
+        inputs = [tensor.contiguous() for tensor in (distance, means, betas)]
+        phi = weight.new_empty(2, len(distance), len(means))
+        _call("basis", *sizes, *settings, *inputs, phi)
+        z = phi @ weight.T
+        both = torch.empty_like(z)
+        _call("activate", z[0].numel(), sizes[2], z, both)
+        ctx.sizes, ctx.settings = sizes, settings
+        ctx.save_for_backward(*inputs, weight, phi, z)
+        return both[0], both[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, g_slope: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, weight, phi, z = ctx.saved_tensors
+        d_z = torch.empty_like(z)
+        _call("activate_backward", z[0].numel(), ctx.sizes[2], z, g.contiguous(), g_slope.contiguous(), d_z)
+        d_means, d_betas = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
+        _call("basis_backward", *ctx.sizes, *ctx.settings, *inputs, d_z @ weight, d_means, d_betas)
+        return None, d_means, d_betas, d_z.flatten(0, 1).T @ phi.flatten(0, 1), None
+
+
+class _Attached(Function):
+    """Hand e on and tell autograd that it depends on r with derivative e': de/dr = sum_c g_c e'_c for a gradient g."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slope: Tensor, distance: Tensor, plain: Any) -> Tensor:
+        ctx.plain = plain
+        ctx.save_for_backward(slope, distance)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        slope, distance = ctx.saved_tensors
+        on_distance = _Contract.apply(g, slope)  # type: ignore[no-untyped-call]
+        if distance.requires_grad and torch.is_grad_enabled():
+            on_distance = on_distance + _Curvature.apply(distance, g.detach(), ctx.plain)  # type: ignore[no-untyped-call]
+        return g, None, on_distance, None
+
+
+class _Contract(Function):
+    """(a, b) -> sum over the columns of a * b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        result = a.new_empty(len(a))
+        ctx.save_for_backward(a, b)
+        _call("contract", *a.shape, _threads(len(a)), a, b, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        d_a, d_b = torch.empty_like(a), torch.empty_like(b)
+        _call("contract_backward", *a.shape, _threads(len(a)), a, b, g.contiguous(), d_a, d_b)
+        return d_a, d_b
+
+
+class _Curvature(Function):
+    """Zero, with derivative sum_c g_c e''_c in r: what ``_Features`` leaves out because it takes r as given.
+
+    A node of its own, so that autograd visits it only where second derivatives with respect to positions are asked for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, distance: Tensor, g: Tensor, plain: Any) -> Tensor:
+        ctx.plain = plain
+        ctx.save_for_backward(distance, g)
+        return torch.zeros_like(distance)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, along: Tensor) -> tuple[Tensor | None, ...]:
+        distance, g = ctx.saved_tensors
+        with torch.enable_grad():
+            r = distance.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((g * ctx.plain(r)).sum(), r, create_graph=True)
+            (bend,) = torch.autograd.grad(slope.sum(), r)
+        return along * bend, None, None

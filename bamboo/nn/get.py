@@ -159,24 +159,33 @@ class GraphEquivariantTransformer(nn.Module):
         """
         distance = safe_norm(edge_vec)
         envelope = cosine_envelope(distance, self.config.cutoff)
+        config = self.config
+        graph = fused.graph_of(
+            edge_index, len(h), channels=config.channels, heads=config.heads, differential=config.attention == "gedt"
+        )
         edges = Edges(
             i=edge_index[0],
             j=edge_index[1],
-            feature=silu(self.edge(self.radial(distance, envelope))),  # vanishes at the cutoff
+            feature=self.edge_feature(distance) if graph is None else self._fused_edge_feature(distance),
             envelope=envelope,
             direction=edge_vec / distance[:, None],
-            graph=fused.graph_of(
-                edge_index,
-                len(h),
-                channels=self.config.channels,
-                heads=self.config.heads,
-                differential=self.config.attention == "gedt",
-            ),
+            graph=graph,
         )
         v = None
         for layer in self.layers:
             h, v = layer(h, v, edges)
         return h
+
+    def edge_feature(self, distance: torch.Tensor) -> torch.Tensor:
+        """Return e(r) = SiLU(W phi(r)), (n_edges, F); it vanishes at the cutoff."""
+        envelope = cosine_envelope(distance, self.config.cutoff)
+        return silu(self.edge(self.radial(distance, envelope)))
+
+    def _fused_edge_feature(self, distance: torch.Tensor) -> torch.Tensor:
+        """Return ``edge_feature`` by the native library."""
+        return fused.edge_features(
+            distance, self.radial, self.edge.weight, cutoff=self.config.cutoff, plain=self.edge_feature
+        )
 
 
 def mlp(channels: int) -> nn.Sequential:

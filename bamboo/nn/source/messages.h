@@ -10,12 +10,16 @@
 // Sums over receivers stay within one thread. Sums over senders go to a buffer of the thread that covers the senders
 // it meets, and the buffers are added in the order of the threads: no atomics, the same bits on every run.
 
+#pragma once
+
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
+
+#include "functions.h"
 
 namespace {
 
@@ -73,8 +77,27 @@ void over_senders(const Graph &graph, int width, T *out, int stride, Body body) 
     }
 }
 
+// x with the channels of every pair, or of every quadruple, exchanged: lane c gets lane c ^ STEP.
+template <int STEP, class T> inline void add_partners(T *x, int channels) {
+    constexpr int LANES = 64 / sizeof(T);
+    typedef T Vector __attribute__((vector_size(64)));
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
+    typedef Integer Integers __attribute__((vector_size(64)));
+    Integers partner = {};
+    for (int lane = 0; lane < LANES; ++lane) partner[lane] = lane ^ STEP;
+    for (int c = 0; c < channels; c += LANES) {
+        Vector &part = *reinterpret_cast<Vector *>(x + c);
+        part += __builtin_shuffle(part, partner);
+    }
+}
+
 // Replaces every channel by the sum over its head.
 template <int D, class T> inline void head_sum(T *x, int channels, int per_head) {
+    if constexpr (D == 4) {
+        add_partners<1>(x, channels);
+        add_partners<2>(x, channels);
+        return;
+    }
     const int d = D ? D : per_head;
     for (int h = 0; h < channels; h += d) {
         T sum = 0;
@@ -82,8 +105,6 @@ template <int D, class T> inline void head_sum(T *x, int channels, int per_head)
         for (int c = 0; c < d; ++c) x[h + c] = sum;
     }
 }
-
-template <class T> inline T logistic(T s) { return T(1) / (T(1) + std::exp(-std::max(s, T(-80)))); }
 
 // F and D are the channels and the channels of one head where known at compile time, else 0.
 template <class T, int F, int D> struct Messages {
@@ -149,7 +170,7 @@ template <class T, int F, int D> struct Messages {
                     T df = 0, dx = 0, dy = 0, dz = 0;
 #pragma omp simd reduction(+ : df, dx, dy, dz)
                     for (int c = 0; c < n; ++c) {
-                        const T l = logistic(s[c]), act = s[c] * l, slope = l * (T(1) + s[c] * (T(1) - l));
+                        const T l = logistic(s[c]), act = s[c] * l, slope = silu_slope(s[c], l);
                         const T w = v[c] * edge[c];
                         const T dw = gi[c] * act * fade + x[c] * ux + y[c] * uy + z[c] * uz;
                         const T ds = da[c] * fade * slope;
@@ -208,15 +229,15 @@ template <class T, int F, int D> struct Messages {
                     alignas(64) T on_f[SIZE];  // summed over the head below, hence kept
 #pragma omp simd
                     for (int c = 0; c < n; ++c) {
-                        const T l = logistic(s[c]), slope = l * (T(1) + s[c] * (T(1) - l));
+                        const T l = logistic(s[c]), slope = silu_slope(s[c], l);
                         on_f[c] = gw_dot[c] * s[c] * l + gw[c] * slope * s_dot[c];
                     }
                     head_sum<D>(gw, n, graph.per_head);
                     head_sum<D>(gw_dot, n, graph.per_head);
 #pragma omp simd reduction(+ : df, dx, dy, dz)
                     for (int c = 0; c < n; ++c) {
-                        const T l = logistic(s[c]), act = s[c] * l, slope = l * (T(1) + s[c] * (T(1) - l));
-                        const T bend = l * (T(1) - l) * (T(2) + s[c] * (T(1) - T(2) * l));
+                        const T l = logistic(s[c]), act = s[c] * l, slope = silu_slope(s[c], l);
+                        const T bend = silu_bend(s[c], l);
                         const T a = act * fade, a_dot = slope * s_dot[c] * fade + act * t_fade;
                         const T on_w_dot = gi[c] * a + x[c] * ux + y[c] * uy + z[c] * uz;
                         const T on_w = gi[c] * a_dot + x[c] * tx + y[c] * ty + z[c] * tz;
@@ -262,28 +283,3 @@ void choose(const Graph &graph, const T *qkv, const T *e, const T *f, const T *u
 }
 
 }  // namespace
-
-#define BAMBOO_MESSAGES(T, NAME)                                                                                       \
-    extern "C" void NAME##_forward(int64_t n_atoms, const int64_t *first, const int64_t *sender, int channels,         \
-                                   int per_head, int threads, const T *qkv, const T *e, const T *f, const T *u, T *m,  \
-                                   T *M) {                                                                             \
-        choose(Graph{n_atoms, first, sender, channels, per_head, threads}, qkv, e, f, u,                               \
-               [&](auto messages) { messages.forward(m, M); });                                                        \
-    }                                                                                                                  \
-    extern "C" void NAME##_backward(int64_t n_atoms, const int64_t *first, const int64_t *sender, int channels,        \
-                                    int per_head, int threads, const T *qkv, const T *e, const T *f, const T *u,       \
-                                    const T *g, const T *G, T *d_qkv, T *d_e, T *d_f, T *d_u) {                        \
-        choose(Graph{n_atoms, first, sender, channels, per_head, threads}, qkv, e, f, u,                               \
-               [&](auto messages) { messages.backward(g, G, d_qkv, d_e, d_f, d_u); });                                 \
-    }                                                                                                                  \
-    extern "C" void NAME##_second(int64_t n_atoms, const int64_t *first, const int64_t *sender, int channels,          \
-                                  int per_head, int threads, const T *qkv, const T *e, const T *f, const T *u,         \
-                                  const T *g, const T *G, const T *t_qkv, const T *t_e, const T *t_f, const T *t_u,    \
-                                  T *m_dot, T *M_dot, T *d_qkv, T *d_e, T *d_f, T *d_u) {                              \
-        choose(Graph{n_atoms, first, sender, channels, per_head, threads}, qkv, e, f, u, [&](auto messages) {          \
-            messages.second(g, G, t_qkv, t_e, t_f, t_u, m_dot, M_dot, d_qkv, d_e, d_f, d_u);                           \
-        });                                                                                                            \
-    }
-
-BAMBOO_MESSAGES(float, messages_f32)
-BAMBOO_MESSAGES(double, messages_f64)
