@@ -172,8 +172,8 @@ def test_file_is_readable_while_written(tmp_path: Path) -> None:
 def test_samples_without_a_step_are_ignored(tmp_path: Path) -> None:
     write_both(tmp_path, range(4))
     with h5py.File(tmp_path / "traj.h5", "r+") as file:
-        file["coordinates"].resize(6, 0)  # as if killed between the positions and the step
-        file["step"].resize(5, 0)
+        for name in ("coordinates", "time", "cell_lengths", "cell_angles", "step"):
+            file[name].resize(6, 0)  # as if killed before the new steps were written
     assert Trajectory.read(tmp_path / "traj.h5").n_frames == 4
 
 
@@ -196,6 +196,17 @@ def test_unreadable_files_give_one_clear_line(tmp_path: Path, damage: str) -> No
     with pytest.raises(InputError, match=r"traj\.h5: (no such file|not a complete bamboo-md file)") as raised:
         _ = Trajectory.read(path).positions
     assert "\n" not in str(raised.value)
+
+
+def test_series_cut_short_are_refused(tmp_path: Path) -> None:
+    """Copied half: HDF5 would read zeros behind the end of the file."""
+    path = tmp_path / "thermo.h5"
+    with ThermoWriter(path, n_replicas=2, ensemble=NVT) as writer:
+        for step in range(2000):
+            writer.append(step, 0.005 * step, values=sample(step, 2))
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 4])
+    with pytest.raises(InputError, match=r"thermo\.h5: not a complete bamboo-md file.*truncated"):
+        ThermoSeries.read(path)
 
 
 def test_positions_that_are_not_finite_are_refused(tmp_path: Path) -> None:

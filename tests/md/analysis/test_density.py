@@ -10,7 +10,7 @@ from bamboo import units
 from md.analysis.density import density
 from md.trajectory import Ensemble, ThermoSeries
 
-NPT = Ensemble("npt", "svr", barostat="mtk", pressure_bar=1.0)
+NPT = Ensemble("npt", "svr", barostat="mtk", pressure_bar=1000.0)
 TEMPERATURE_K, VOLUME, MASS = 300.0, 20_000.0, 15_000.0
 COMPRESSIBILITY_PER_GPA = 0.5
 EXPANSION_PER_K = 1.1e-3
@@ -42,7 +42,7 @@ def npt_run(
     return ThermoSeries(
         ensemble=ensemble, time_ps=time_ps, step=np.arange(n_samples), temperature_K=np.full(shape, TEMPERATURE_K),
         volume=volume, density_g_cm3=MASS / volume / units.GRAM_PER_CM3, kinetic_energy=kinetic,
-        potential_energy=enthalpy - kinetic - units.BAR * volume, conserved_energy=np.zeros(shape),
+        potential_energy=enthalpy - kinetic - 1000.0 * units.BAR * volume, conserved_energy=np.zeros(shape),
         pressure=np.zeros((*shape, 3, 3)), charge_current=np.zeros((*shape, 3)),
     )  # fmt: skip
 
