@@ -114,7 +114,7 @@ class LennardJonesWithHistory(LennardJones):
 
     def pairs(self, batch: Batch) -> torch.Tensor:
         pairs = super().pairs(batch)
-        if self.order is None or self.age >= 7:
+        if self.order is None or self.age >= 6:
             self.order, self.age = torch.argsort(batch.positions[pairs[0], 0] * batch.positions[pairs[1], 1]), 0
         self.age += 1
         return pairs[:, self.order]
