@@ -33,14 +33,15 @@ class ForceFieldConfig:
     repulsion         add the fixed short-range wall (absent in imported published models)
     charge_response   "full": forces are the exact gradient, also through the charges; "frozen": charges are held
                       fixed when the Coulomb energy is differentiated, as published (energy is then not conserved)
-    charge_limit      e, bound of an atomic charge before the total charge is shared out
+    charge_limit      e, bound of an atomic charge before the total charge is shared out (published: 2; Mulliken
+                      charges of sulfur in FSI- reach 1.9 and would sit in the flat part of the tanh)
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     dispersion: DispersionConfig = field(default_factory=DispersionConfig)
     repulsion: bool = True
     charge_response: str = "full"
-    charge_limit: float = 2.0
+    charge_limit: float = 3.0
 
     def __post_init__(self) -> None:
         if self.charge_response not in ("full", "frozen"):

@@ -227,7 +227,8 @@ class _Best:
 def error_table(errors: dict[str, Errors]) -> str:
     """Return held-out errors as a table in kcal/mol, Å, e, Debye, bar."""
     lines = [
-        f"{'group':<12}{'frames':>8}{'forces':>10}{'energy/atom':>13}{'charges':>9}{'dipole':>8}{'P mean':>9}{'P rms':>8}"
+        f"{'group':<12}{'frames':>8}{'forces':>10}{'energy/atom':>13}{'charges':>9}{'dipole':>8}"
+        f"{'P mean':>9}{'P rms':>8}"
     ]
     kcal = units.KCAL_PER_MOL
     rows = {**errors, "pooled": None} if errors else {}

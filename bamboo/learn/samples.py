@@ -47,7 +47,11 @@ def fit_references(force_field: ForceField, frames: Sequence[Frame]) -> None:
         charges = np.concatenate([frame.labels.charges for frame in charged if frame.labels.charges is not None])
         force_field.reference_charge.zero_()
         for number in np.unique(numbers).tolist():
-            force_field.reference_charge[number] = float(charges[numbers == number].mean())
+            # the inverse of the bound that the model applies to it
+            mean = float(charges[numbers == number].mean()) / force_field.config.charge_limit
+            force_field.reference_charge[number] = force_field.config.charge_limit * np.arctanh(
+                np.clip(mean, -0.9, 0.9)
+            )
 
 
 def make_sample(force_field: ForceField, frame: Frame) -> Data:
