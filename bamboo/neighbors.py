@@ -66,8 +66,8 @@ def find_pairs(batch: Batch, cutoff: float, *, full: bool) -> Pairs:
                 f"Atom {start + atom} is at {local[atom]} Å ({int(lost.sum())} such atoms), expected coordinates below "
                 f"{MAX_COORDINATE:.0e} Å. The run has blown up, or the structure is broken."
             )
-        volume = abs(np.linalg.det(cell))
-        if periodic and not 0.0 < volume < np.inf:
+        volume = abs(np.linalg.det(cell)) if np.isfinite(cell).all() else 0.0
+        if periodic and not volume > 0:
             raise InputError(f"A periodic box needs three finite, independent cell vectors, got\n{cell}")
         density = size / volume if periodic else 0.0
         if density * 4.2 * cutoff**3 > MAX_NEIGHBORS_PER_ATOM:
