@@ -11,50 +11,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from bamboo.errors import InputError, suggest
+from bamboo.structure.densities import PURE_DENSITY, formula_mass, ideal_density, salt_volume
 from bamboo.structure.molecules import SALTS, SOLVENTS, molecule, salt
 
 Basis = Literal["wt", "mol", "vol"]
 BASES: tuple[str, ...] = get_args(Basis)
 UNITS = {"m": "mol/kg", "mol/kg": "mol/kg", "M": "mol/L", "mol/L": "mol/L"}
 MAX_AMOUNT = 50.0  # mol/kg or mol/L; beyond any electrolyte (21 m water-in-salt is the record people simulate)
-
-# Densities of pure liquids [g/cm3] at a temperature [K] with their source: only a start for packing, and the volumes
-# that ``vol`` and ``M`` need. EC is solid at room temperature.
-PURE_DENSITY: dict[str, tuple[float, float, str]] = {
-    "EC": (1.321, 313.15, "10.1021/cr030203g"),
-    "PC": (1.200, 298.15, "10.1021/cr030203g"),
-    "FEC": (1.477, 298.15, "10.1038/s42256-025-01009-7"),
-    "VC": (1.355, 298.15, "10.1038/s42256-025-01009-7"),
-    "DMC": (1.0633, 298.15, "10.1063/1.3664084"),
-    "EMC": (1.006, 298.15, "10.1021/cr030203g"),
-    "DEC": (0.9690, 298.15, "10.1021/je050414d"),
-    "MF": (0.9663, 298.15, "10.1016/j.jct.2015.02.019"),
-    "MA": (0.9270, 298.15, "10.1021/je0342825"),
-    "EA": (0.8944, 298.15, "10.1021/je100832h"),
-    "PA": (0.8822, 298.15, "10.1016/j.fluid.2018.01.026"),
-    "MP": (0.9091, 298.15, "10.1021/je4009415"),
-    "EP": (0.8843, 298.15, "10.1021/je800251v"),
-    "MB": (0.8923, 298.15, "10.1021/acs.jced.5b00813"),
-    "EB": (0.8735, 298.15, "10.1021/je300799f"),
-    "GBL": (1.1296, 293.0, "10.1038/s41467-026-73566-3"),
-    "ACN": (0.7767, 298.15, "10.1021/acs.jced.8b00176"),
-    "DME": (0.8637, 298.0, "10.1038/s41467-026-73566-3"),
-    "DEE": (0.8351, 298.0, "10.1038/s41467-026-73566-3"),
-    "G2": (0.9398, 298.15, "10.1021/je500389t"),
-    "G3": (0.9860, 293.0, "10.1038/s41467-026-73566-3"),
-    "G4": (1.0114, 293.0, "10.1038/s41467-026-73566-3"),
-    "DOL": (1.0586, 298.15, "10.1016/j.jct.2003.09.001"),
-    "THF": (0.8833, 298.15, "10.1016/j.jct.2015.02.011"),
-    "DMSO": (1.0954, 298.15, "10.1016/j.jct.2007.04.004"),
-    "TMP": (1.2144, 293.0, "10.1038/s41467-026-73566-3"),
-    "water": (0.9970, 298.15, "10.1063/1.1461829"),
-}
-UNKNOWN_DENSITY = 1.1  # g/cm3, for packing a liquid that is not in the table
-
-# Volume a salt adds to its solvent [cm3/mol]: median over the solutions of LiPF6 in EC:DMC and of LiFSI in DMC of
-# doi 10.1038/s42256-025-01009-7, ideal mixing of the solvents. Others: this mass density.
-SALT_VOLUME = {"LiPF6": 51.0, "LiFSI": 78.0}
-UNKNOWN_SALT_DENSITY = 2.3  # g/cm3
 
 SIZE_WINDOW = 0.1  # how far the number of atoms may leave what was asked, to meet the composition
 SIZE_WEIGHT = 0.1  # a size off by 10 % weighs as much as an amount off by 1 %
@@ -242,32 +205,19 @@ def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
     molar = {name: a.value for name, a in composition.salts.items() if a.unit == "mol/L"}
     if not molar:
         return moles | molal
-    salt_mass = {name: _formula_mass(name) / 1000.0 for name in composition.salts}  # kg/mol
+    salt_mass = {name: formula_mass(name) / 1000.0 for name in composition.salts}  # kg/mol
     if composition.density_g_cm3 is not None:
         left = composition.density_g_cm3 - sum(c * salt_mass[name] for name, c in molar.items())  # kg/L
         per_kg = 1.0 + sum(b * salt_mass[name] for name, b in molal.items())
     else:
-        left = 1.0 - sum(c * _salt_volume(name) for name, c in molar.items()) / 1000.0  # L
+        left = 1.0 - sum(c * salt_volume(name) for name, c in molar.items()) / 1000.0  # L
         solvent_volume = sum(w / total / _density(name) for name, w in weight.items())  # L/kg
-        per_kg = solvent_volume + sum(b * _salt_volume(name) for name, b in molal.items()) / 1000.0
+        per_kg = solvent_volume + sum(b * salt_volume(name) for name, b in molal.items()) / 1000.0
     kg_per_litre = left / per_kg
     if kg_per_litre <= 0.0:
         amounts = " + ".join(f"{c:g} M {name}" for name, c in molar.items())
         raise InputError(f"{amounts} leaves no room for solvent in a litre. Give molality (m) instead.")
     return moles | molal | {name: c / kg_per_litre for name, c in molar.items()}
-
-
-def ideal_density(amounts: dict[str, float]) -> float:
-    """Return the density [g/cm3] by ideal mixing: total mass over the sum of pure volumes (1.1 g/cm3 if unknown)."""
-    mass = volume = 0.0
-    for name, amount in amounts.items():
-        grams = amount * _formula_mass(name)
-        mass += grams
-        if name in SALTS:
-            volume += amount * _salt_volume(name)
-        else:
-            volume += grams / (PURE_DENSITY[name][0] if name in PURE_DENSITY else UNKNOWN_DENSITY)
-    return mass / volume
 
 
 def _nearest_counts(moles: dict[str, float], atoms: dict[str, int], n_atoms: int) -> dict[str, int]:
@@ -293,13 +243,13 @@ def _nearest_counts(moles: dict[str, float], atoms: dict[str, int], n_atoms: int
 def _amounts(composition: Composition, formula: dict[str, float]) -> dict[tuple[str, str], float]:
     """Salts in mol/kg solvent; solvents as percentages of the basis."""
     solvents = {name: n for name, n in formula.items() if name not in SALTS and _charge(name) == 0}
-    kg = sum(n * _formula_mass(name) for name, n in solvents.items()) / 1000.0
+    kg = sum(n * formula_mass(name) for name, n in solvents.items()) / 1000.0
     amounts = {(name, "mol/kg"): n / kg for name, n in formula.items() if name not in solvents and kg > 0.0}
     if len(solvents) > 1:
         if composition.basis == "mol":
             share = solvents
         else:
-            share = {name: n * _formula_mass(name) for name, n in solvents.items()}
+            share = {name: n * formula_mass(name) for name, n in solvents.items()}
         if composition.basis == "vol":
             share = {name: grams / _density(name) for name, grams in share.items()}
         total = sum(share.values())
@@ -311,20 +261,12 @@ def _parts(name: str) -> dict[str, int]:
     return salt(name) if name in SALTS else {name: 1}
 
 
-def _formula_mass(name: str) -> float:
-    return sum(n * molecule(part).molar_mass for part, n in _parts(name).items())
-
-
 def _formula_atoms(name: str) -> int:
     return sum(n * molecule(part).n_atoms for part, n in _parts(name).items())
 
 
 def _charge(name: str) -> int:
     return sum(n * molecule(part).charge for part, n in _parts(name).items())
-
-
-def _salt_volume(name: str) -> float:
-    return SALT_VOLUME.get(name, _formula_mass(name) / UNKNOWN_SALT_DENSITY)
 
 
 def _density(name: str) -> float:

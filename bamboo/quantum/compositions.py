@@ -4,15 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bamboo.structure.densities import ideal_density
 from bamboo.structure.molecules import IONS, molecule
 
-# Densities of the pure liquids at 25 °C [g/cm3] (EC and VC: near their melting points).
-SOLVENT_DENSITIES = {"EC": 1.32, "PC": 1.20, "FEC": 1.45, "VC": 1.35, "DMC": 1.063, "EMC": 1.006, "DEC": 0.969}
-# Apparent molar volume of the lithium salt in carbonates [cm3/mol], from densities of 1 m solutions.
-SALT_VOLUMES = {"PF6": 50.0, "FSI": 85.0}
+SOLVENTS = ("EC", "PC", "FEC", "VC", "DMC", "EMC", "DEC")
 CATION = "Li"
-ANIONS = tuple(SALT_VOLUMES)
-NAMES = (*SOLVENT_DENSITIES, CATION, *ANIONS)
+ANIONS = ("PF6", "FSI")
+NAMES = (*SOLVENTS, CATION, *ANIONS)
 MAX_SMALL_ATOMS = 60
 
 Counts = dict[str, int]
@@ -41,7 +39,7 @@ def random_small(generator: np.random.Generator, *, min_molecules: int = 1) -> C
 
 def random_pair(generator: np.random.Generator) -> tuple[str, str]:
     """Draw two molecules for a scan: the first is the one approached."""
-    solvents = [str(name) for name in generator.choice(list(SOLVENT_DENSITIES), size=2)]
+    solvents = [str(name) for name in generator.choice(list(SOLVENTS), size=2)]
     anion = str(generator.choice(ANIONS))
     draw = generator.random()
     if draw < 0.20:
@@ -58,7 +56,7 @@ def random_liquid(
 
     Returns the counts and a density [g/cm3]: that of ideally mixing liquids times a factor drawn from ``scale``.
     """
-    names = list(SOLVENT_DENSITIES)
+    names = list(SOLVENTS)
     n_solvents = int(generator.integers(1, max_solvents + 1))
     chosen = [str(name) for name in generator.choice(names, size=n_solvents, replace=False)]
     fractions = generator.dirichlet(np.ones(n_solvents))
@@ -78,15 +76,9 @@ def random_liquid(
 
 
 def density_g_cm3(counts: Counts) -> float:
-    """Estimate the density of a liquid [g/cm3] from ideally mixing solvents and the salt's apparent volume."""
-    mass = sum(molecule(name).molar_mass * count for name, count in counts.items())
-    volume = 0.0
-    for name, count in counts.items():
-        if name in SOLVENT_DENSITIES:
-            volume += count * molecule(name).molar_mass / SOLVENT_DENSITIES[name]
-        else:
-            volume += count * SALT_VOLUMES.get(name, 0.0)
-    return mass / volume
+    """Estimate the density of a neutral liquid [g/cm3] by ideal mixing of its solvents and lithium salts."""
+    amounts = {name: float(n) for name, n in counts.items() if name in SOLVENTS}
+    return ideal_density(amounts | {CATION + anion: float(counts[anion]) for anion in ANIONS if anion in counts})
 
 
 def _random_family(generator: np.random.Generator, family: str) -> Counts:
@@ -103,6 +95,6 @@ def _random_family(generator: np.random.Generator, family: str) -> Counts:
 
 def _random_solvents(generator: np.random.Generator, n_molecules: int) -> Counts:
     """Draw solvents from a palette of one to three kinds, so that pure and mixed surroundings both occur."""
-    palette = generator.choice(list(SOLVENT_DENSITIES), size=int(generator.integers(1, 4)), replace=False)
+    palette = generator.choice(list(SOLVENTS), size=int(generator.integers(1, 4)), replace=False)
     drawn = [str(name) for name in generator.choice(palette, size=n_molecules)]
     return {name: drawn.count(name) for name in sorted(set(drawn))}

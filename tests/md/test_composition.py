@@ -5,11 +5,10 @@ import re
 import pytest
 
 from bamboo.errors import InputError
+from bamboo.structure.densities import PURE_DENSITY, ideal_density
 from md.composition import (
-    PURE_DENSITY,
     Amount,
     Composition,
-    ideal_density,
     moles_per_kg_solvent,
     parse_amount,
     parse_composition,

@@ -16,7 +16,7 @@ from bamboo.quantum.campaign import Job, finished_jobs, plan_jobs, run_campaign,
 from bamboo.quantum.compositions import (
     ANIONS,
     CATION,
-    SOLVENT_DENSITIES,
+    SOLVENTS,
     density_g_cm3,
     kind_of,
     random_liquid,
@@ -58,7 +58,7 @@ def test_random_liquids_have_the_size_and_salt_asked_for():
     for _ in range(300):
         counts, density = random_liquid(rng, n_atoms=95, scale=(0.9, 1.1))
         sizes.append(sum(molecule(name).n_atoms * count for name, count in counts.items()))
-        solvent_kg = sum(molecule(name).molar_mass * counts[name] for name in counts if name in SOLVENT_DENSITIES) / 1e3
+        solvent_kg = sum(molecule(name).molar_mass * counts[name] for name in counts if name in SOLVENTS) / 1e3
         molalities.append(counts.get(CATION, 0) / solvent_kg)
         assert counts.get(CATION, 0) == sum(counts.get(anion, 0) for anion in ANIONS)
         assert 0.9 <= density / density_g_cm3(counts) <= 1.1
