@@ -62,7 +62,9 @@ def test_forces_and_virial_are_the_gradient(evaluate, make_force_field, make_clu
 
 
 @pytest.mark.parametrize("attention", ["get", "gedt"])
-def test_both_attentions(evaluate, make_force_field, make_cluster, attention):
+def test_both_attentions(evaluate, make_force_field, make_cluster, attention, engine):
+    if attention == "gedt" and engine == "native":
+        pytest.skip("the native engine knows the plain attention only")
     system, field = make_cluster(8), make_force_field("all", attention=attention)
     directions = directions_of(system)
     expected = slopes(evaluate, field, system, directions)
@@ -101,7 +103,7 @@ def test_pressure_is_minus_dE_dV(evaluate, make_force_field, make_box):
 
 
 @pytest.mark.parametrize("kind", ["cluster", "box"])
-def test_frozen_leaves_out_the_charge_response_alone(evaluate, make_force_field, make_cluster, make_box, kind):
+def test_frozen_leaves_out_the_charge_response_alone(evaluate, make_force_field, make_cluster, make_box, kind, engine):
     """F_full = F_frozen - sum_j (dE/dq_j) (dq_j/dr): dq/dr by finite differences, dE/dq from the energy terms."""
     system = make_cluster(11) if kind == "cluster" else make_box(11)
     full_field, frozen_field = make_force_field("all"), make_force_field("all", charge_response="frozen")
@@ -117,7 +119,8 @@ def test_frozen_leaves_out_the_charge_response_alone(evaluate, make_force_field,
         response = float(slope @ dq)
         difference = float((predicted(full, directions) - predicted(frozen, directions))[index])
         assert abs(response) > 1e-3
-        assert difference == pytest.approx(response, abs=1e-7)
+        precision = 1e-7 if engine == "reference" else 1e-6  # dE/dq is worked out on the reference's mesh
+        assert difference == pytest.approx(response, abs=precision * max(1.0, abs(response)))
 
 
 def _slope_in_charges(field, system, charges):

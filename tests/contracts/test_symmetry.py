@@ -112,27 +112,29 @@ def repeated(box, times):
 
 
 @pytest.mark.parametrize("times", [(2, 1, 1), (1, 2, 2)])
-def test_supercell(evaluate, make_force_field, make_box, term, times):
+def test_supercell(evaluate, make_force_field, make_box, term, times, engine):
     """N copies of a neutral cell have N times the energy and virial, although the cell is smaller than the cutoffs."""
     field, box = make_force_field(term), make_box(5)
     one, many = evaluate(field, box), evaluate(field, repeated(box, times))
     n = int(np.prod(times))
+    # the reference doubles its mesh with the cell, the native engine takes the next handy size
+    tolerance = EXACT if engine == "reference" or term not in CHARGED else 1e-5
     assert_alive(one, term)
-    assert_close(many.energy / n, one.energy)
-    assert_close(many.virial / n, one.virial)
-    assert_close(many.forces.view(n, -1, 3), one.forces.expand(n, -1, 3))
+    assert_close(many.energy / n, one.energy, tolerance=tolerance)
+    assert_close(many.virial / n, one.virial, tolerance=tolerance)
+    assert_close(many.forces.view(n, -1, 3), one.forces.expand(n, -1, 3), tolerance=tolerance)
     assert_close(many.charges.view(n, -1), one.charges.expand(n, -1))
     for name, value in one.terms.items():
-        assert_close(many.terms[name] / n, value)
+        assert_close(many.terms[name] / n, value, tolerance=tolerance)
 
 
 def test_supercell_of_a_box_of_usual_size(evaluate, make_force_field, make_box):
     field = make_force_field("all")
     box = make_box(6, n_atoms=60, cell=np.eye(3) * 12.0)
     one, many = evaluate(field, box), evaluate(field, repeated(box, (2, 2, 2)))
-    assert_close(many.energy / 8, one.energy)
-    assert_close(many.virial / 8, one.virial)
-    assert_close(many.forces.view(8, -1, 3), one.forces.expand(8, -1, 3))
+    assert_close(many.energy / 8, one.energy, tolerance=1e-5)
+    assert_close(many.virial / 8, one.virial, tolerance=1e-5)
+    assert_close(many.forces.view(8, -1, 3), one.forces.expand(8, -1, 3), tolerance=1e-5)
 
 
 def test_batch_equals_singles(evaluate, make_force_field, make_cluster, make_box, term):
