@@ -41,7 +41,15 @@ def load_model(config: RunConfig) -> Model:
         f"model {config.model.name} ({' '.join(force_field.elements)}; {config.model.dtype}; "
         f"engine {evaluator.engine}; {where})"
     )
-    return Model(evaluator, description, {"name": config.model.name, "file": str(path), "sha256": file_sha256(path)})
+    record = {
+        "name": config.model.name,
+        "file": str(path),
+        "sha256": file_sha256(path),
+        "engine": evaluator.engine,
+        "device": device,
+        "dtype": config.model.dtype,
+    }
+    return Model(evaluator, description, record)
 
 
 def file_sha256(path: Path) -> str:

@@ -119,22 +119,21 @@ def _production_properties(asked: set[str], data: StageData) -> dict[str, Estima
 
 
 def _long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, Estimate]:
-    """Withdraw values of stages shorter than ``SHORTEST_PS``: statistics cannot see motions that are slower still.
+    """Withdraw what comes from a stage shorter than ``SHORTEST_PS``: statistics cannot see motions slower than a run.
 
     A shell around an ion lives for 10 ps and more; before that, any average shows how the box was packed.
     """
     length_ps = float(data.thermo.time_ps[-1] - data.thermo.time_ps[0])
     if length_ps >= SHORTEST_PS:
         return properties
+    reason = (
+        f"not converged: {data.name} lasted {format_time(length_ps)}, a liquid needs at least "
+        f"{format_time(SHORTEST_PS)}, ion transport some ns"
+    )
     return {
-        name: estimate
-        if estimate.value is None
-        else no_value(
-            f"not converged: {format_time(length_ps)} of {data.name}, at least {format_time(SHORTEST_PS)} are needed",
-            unit=estimate.unit,
-            method=estimate.method,
-            n_effective=estimate.n_effective,
-        )
+        name: no_value(reason, unit=estimate.unit, method=estimate.method, n_effective=estimate.n_effective)
+        if estimate.value is not None or estimate.warnings[0].startswith("not converged")
+        else estimate
         for name, estimate in properties.items()
     }
 

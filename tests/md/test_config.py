@@ -9,7 +9,7 @@ import pytest
 from bamboo import units
 from bamboo.errors import InputError
 from md.config import NPT, NVT, RunConfig, dump_config, json_schema, load_config
-from md.protocol import resolve
+from md.protocol import n_steps, resolve
 from md.quantities import parse_quantity, quantity_text
 
 MINIMAL = """\
@@ -274,3 +274,10 @@ def test_the_default_protocol_can_be_written_and_read(tmp_path: Path) -> None:
     assert dump_config(load_config(write(tmp_path, dump_config(config)))) == dump_config(config)
     density_only = load_config(write(tmp_path, "electrolyte: DMC\nproperties: [density]\n"))
     assert [stage.kind for stage in resolve(density_only).stages] == ["minimise", "nvt", "npt"]
+
+
+def test_the_shipped_example_is_valid_and_short() -> None:
+    """At 0.7 ms per atom and step, the slowest engine on two cores, its dynamics stay within ten minutes."""
+    config = load_config(Path(__file__).parents[2] / "examples/electrolyte.yaml")
+    steps = sum(stage.steps if stage.kind == "minimise" else n_steps(stage) for stage in config.stages)
+    assert steps * config.build.atoms * 0.7e-3 < 600.0
