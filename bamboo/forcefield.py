@@ -18,7 +18,7 @@ from bamboo.neighbors import Neighbors
 from bamboo.nn.get import GraphEquivariantTransformer, NetworkConfig, mlp
 from bamboo.nn.radial import safe_norm
 from bamboo.system import Batch
-from bamboo.terms import electrostatics
+from bamboo.terms import electrostatics, ewald
 from bamboo.terms.charges import bound, neutralise, system_sum
 from bamboo.terms.dispersion import ROWS, Dispersion, DispersionConfig
 from bamboo.terms.repulsion import LONGEST_WALL, repulsion_energy
@@ -181,7 +181,9 @@ class ForceField(nn.Module):
             cell = batch.cell + batch.cell @ strain
             response = _Gate()
             response.open = self.config.charge_response == "full"
-            terms, charges, raw = self._terms(batch, strained, cell, neighbors=neighbors, response=response)
+            terms, charges, raw = self._terms(
+                batch, strained, cell, neighbors=neighbors, response=response, twice=create_graph
+            )
             if fixed_terms:
                 terms |= self.fixed_terms(batch, strained, cell, neighbors=neighbors)
             energy = torch.stack(list(terms.values())).sum(0)
@@ -199,7 +201,14 @@ class ForceField(nn.Module):
         return ForceFieldOutput(**outputs, terms={name: value.detach() for name, value in terms.items()})
 
     def _terms(
-        self, batch: Batch, positions: torch.Tensor, cell: torch.Tensor, *, neighbors: Neighbors, response: _Gate
+        self,
+        batch: Batch,
+        positions: torch.Tensor,
+        cell: torch.Tensor,
+        *,
+        neighbors: Neighbors,
+        response: _Gate,
+        twice: bool,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         """Return each trained term (n_systems,), the charges (n_atoms,) and their raw sums (n_systems,)."""
         numbers, system_index = batch.numbers, batch.system_index
@@ -219,7 +228,7 @@ class ForceField(nn.Module):
         terms = {
             "network": network,
             "electrostatic": self._electrostatic(
-                held, safe_norm(edge_vec), positions, cell, batch=batch, neighbors=neighbors
+                held, safe_norm(edge_vec), positions, cell, batch=batch, neighbors=neighbors, twice=twice
             ),
             "electronegativity": per_system(chi.square() * held + (hardness * held).square()),
         }
@@ -239,8 +248,9 @@ class ForceField(nn.Module):
         *,
         batch: Batch,
         neighbors: Neighbors,
+        twice: bool,
     ) -> torch.Tensor:
-        """Return the Coulomb energy of each system, (n_systems,)."""
+        """Return the Coulomb energy of each system, (n_systems,); twice, it will be differentiated twice."""
         system_index = batch.system_index
         energy = positions.new_zeros(batch.n_systems)
         pairs = neighbors.cluster
@@ -257,8 +267,9 @@ class ForceField(nn.Module):
         periodic_pair = torch.where(batch.pbc[system_index[i]], 0.5 * pair, 0.0)  # the list holds each pair twice
         energy = energy.index_add(0, system_index[i], periodic_pair)
         for system in torch.nonzero(batch.pbc).flatten().tolist():
-            atoms = system_index == system
-            reciprocal = electrostatics.reciprocal_energy(charges[atoms], positions[atoms], cell[system], cutoff=cutoff)
+            atoms = torch.nonzero(system_index == system).squeeze(-1)
+            long_range = ewald if twice and len(atoms) <= ewald.MAX_ATOMS else electrostatics
+            reciprocal = long_range.reciprocal_energy(charges[atoms], positions[atoms], cell[system], cutoff=cutoff)
             energy = energy.index_add(0, torch.tensor([system], device=energy.device), reciprocal[None])
         return energy
 
