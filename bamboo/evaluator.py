@@ -9,8 +9,7 @@ import torch
 
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldOutput
-from bamboo.neighbors import Neighbors, find_neighbors, trim
-from bamboo.nn.radial import safe_norm
+from bamboo.kernels.engines import choose
 from bamboo.system import Batch
 
 SMALLEST_DISTANCE = 0.3  # Å; closer atoms are a broken input, not chemistry
@@ -22,25 +21,37 @@ class Evaluator:
     force_field  the model
     skin         Å; neighbour lists reach this much further and are rebuilt when an atom has moved more than half of it
     device       where the network runs; batches are moved there
+    engine       "auto" (the fastest at hand), "reference" (plain torch) or "native" (compiled, CPU)
     """
 
-    def __init__(self, force_field: ForceField, *, skin: float = 1.0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        force_field: ForceField,
+        *,
+        skin: float = 1.0,
+        device: torch.device | str = "cpu",
+        engine: str = "auto",
+    ) -> None:
         if not skin >= 0:
             raise InputError(f"skin = {skin} Å, expected a length >= 0.")
         self.device = torch.device(device)
         self.force_field = force_field.to(self.device).eval()
         self.skin = skin
+        self._engine = choose(self.force_field, engine, device=self.device)
         self._built: Batch | None = None
-        self._neighbors: Neighbors | None = None
 
     @property
     def engine(self) -> str:
         """Name of the engine that does the work."""
-        return "reference"
+        return self._engine.name
 
     def reset(self) -> None:
-        """Forget the neighbour lists; the next evaluation builds them anew."""
-        self._built = self._neighbors = None
+        """Forget the neighbour lists and all that depends on the past.
+
+        What follows is then the same, bit for bit, as with a new evaluator: call it where a run is saved.
+        """
+        self._built = None
+        self._engine.reset()
 
     def evaluate(self, batch: Batch) -> ForceFieldOutput:
         """Return energy, forces, virial, charges of the batch (ForceFieldOutput).
@@ -48,16 +59,17 @@ class Evaluator:
         Raises UnknownElementError for elements the model does not cover, InputError for overlapping or lost atoms.
         """
         batch = batch.to(self.device)
-        network_cutoff = self.force_field.config.network.cutoff
-        dispersion_cutoff = self.force_field.config.dispersion.cutoff
-        if self._neighbors is None or not self._still_valid(batch):
+        if not self._still_valid(batch):
             self.force_field.check_elements(batch.numbers)
-            self._neighbors = find_neighbors(batch, network_cutoff, dispersion_cutoff, skin=self.skin)
+            self._engine.rebuild(batch, self.skin)
             # a copy: engines move atoms in place
             self._built = replace(batch, positions=batch.positions.clone(), cell=batch.cell.clone())
-        neighbors = trim(self._neighbors, batch, network_cutoff, dispersion_cutoff)
-        self._check_overlap(batch, neighbors)
-        output: ForceFieldOutput = self.force_field(batch, neighbors)
+        output, closest = self._engine.evaluate(batch)
+        if closest.distance < SMALLEST_DISTANCE:
+            raise InputError(
+                f"Atoms {closest.i} and {closest.j} are {closest.distance:.3f} Å apart: "
+                "the structure has overlapping atoms."
+            )
         return output
 
     def _still_valid(self, batch: Batch) -> bool:
@@ -84,15 +96,3 @@ class Evaluator:
         moved = (batch.positions - carried).square().sum(-1).max().sqrt()
         longest = max(self.force_field.config.network.cutoff, self.force_field.config.dispersion.cutoff) + self.skin
         return bool(2.0 * moved + stretch * longest < self.skin)
-
-    def _check_overlap(self, batch: Batch, neighbors: Neighbors) -> None:
-        pairs = neighbors.edges
-        if not pairs.index.shape[1]:
-            return
-        distance = safe_norm(pairs.vectors(batch.positions, batch.cell, system_index=batch.system_index))
-        closest = int(distance.argmin())
-        if float(distance[closest]) < SMALLEST_DISTANCE:
-            i, j = pairs.index[:, closest].tolist()
-            raise InputError(
-                f"Atoms {i} and {j} are {float(distance[closest]):.3f} Å apart: the structure has overlapping atoms."
-            )

@@ -1,0 +1,258 @@
+// Who is near whom: images of the atoms, and the two pair lists, valid for a whole skin.
+//
+// A periodic box is surrounded by copies of itself as far as the longest list reaches; a pair is an atom and an image.
+// So boxes of any shape and size, also smaller than the cutoff, need no further care.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <vector>
+
+#include "lanes.h"
+
+namespace bamboo {
+
+// Rows of a list: the images near atom i are image[start[i]] ... image[start[i + 1] - 1].
+struct List {
+    std::vector<int64_t> start;
+    std::vector<int32_t> image;
+};
+
+// Cells are row vectors: r = fraction . cell.
+using Cell = std::array<std::array<double, 3>, 3>;
+
+inline std::array<double, 3> cross(const std::array<double, 3>& a, const std::array<double, 3>& b) {
+    return {a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]};
+}
+inline double dot(const std::array<double, 3>& a, const std::array<double, 3>& b) {
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
+}
+// columns of the inverse: inverse[d] . r = fraction d
+inline Cell inverse_of(const Cell& cell, double& volume) {
+    const double determinant = dot(cell[0], cross(cell[1], cell[2]));
+    volume = std::abs(determinant);
+    Cell columns = {cross(cell[1], cell[2]), cross(cell[2], cell[0]), cross(cell[0], cell[1])};
+    for (auto& column : columns)
+        for (double& value : column) value /= determinant;
+    return columns;
+}
+
+class Neighborhood {
+  public:
+    std::vector<int32_t> order;  // internal atom -> atom of the caller; neighbours in space are neighbours in memory
+    std::vector<int32_t> owner;  // image -> internal atom
+    std::vector<std::array<int32_t, 3>> shift;  // image -> cell vectors to add to the caller's position
+    std::vector<int32_t> home;   // internal atom -> its image inside the cell
+    List edges;                  // full: both directions
+    List dispersion;             // half: each pair once
+    int32_t n_images() const { return int32_t(owner.size()); }
+
+    void build(int32_t n, const double* positions, const Cell& cell, bool periodic, double edge_reach,
+               double dispersion_reach, int threads);
+
+  private:
+    void place(int32_t n, const double* positions, Cell cell, bool periodic, double reach);
+    void sort_images();
+    void search(double edge_reach, double dispersion_reach, int threads);
+
+    struct Image {
+        int32_t bin, atom;
+        std::array<int32_t, 3> shift;  // relative to the wrapped position
+    };
+    std::vector<Image> images_;
+    std::vector<std::array<double, 3>> wrapped_;
+    std::vector<std::array<int32_t, 3>> wrap_;
+    Cell cell_;
+    std::array<int32_t, 3> inner_, border_, bins_;  // bins within the cell, beyond each face, in all
+    std::array<int32_t, 3> range_;                  // bins that the longest list reaches
+    std::vector<int32_t> bin_start_;
+    std::vector<double> x_, y_, z_;
+    std::vector<int32_t> rank_;  // a half list keeps pairs i < rank of the image
+};
+
+inline void Neighborhood::build(int32_t n, const double* positions, const Cell& cell, bool periodic, double edge_reach,
+                                double dispersion_reach, int threads) {
+    place(n, positions, cell, periodic, std::max(edge_reach, dispersion_reach));
+    sort_images();
+    search(edge_reach, dispersion_reach, threads);
+}
+
+// Wrap the atoms, choose bins about a third of the reach wide, and list every image within reach of the cell.
+inline void Neighborhood::place(int32_t n, const double* positions, Cell cell, bool periodic, double reach) {
+    std::array<double, 3> origin = {0, 0, 0};
+    if (!periodic) {  // the bounding box serves as a cell without copies
+        for (int d = 0; d < 3; ++d) {
+            double low = positions[d], high = positions[d];
+            for (int32_t i = 0; i < n; ++i) {
+                low = std::min(low, positions[3 * i + d]);
+                high = std::max(high, positions[3 * i + d]);
+            }
+            origin[d] = low - 0.01;
+            cell[d] = {0, 0, 0};
+            cell[d][d] = high - low + 0.02;
+        }
+    }
+    double volume;
+    const Cell inverse = inverse_of(cell, volume);
+    std::array<double, 3> margin;  // reach as a fraction of the height of the cell
+    for (int d = 0; d < 3; ++d) {
+        margin[d] = reach * std::sqrt(dot(inverse[d], inverse[d]));
+        inner_[d] = int32_t(std::clamp(std::floor(3.0 / margin[d]), 1.0, 1024.0));
+    }
+    while (int64_t(inner_[0]) * inner_[1] * inner_[2] > std::max<int64_t>(4096, n)) {  // nearly empty boxes
+        int32_t& largest = *std::max_element(inner_.begin(), inner_.end());
+        largest = (largest + 1) / 2;
+    }
+    std::array<int32_t, 3> copies;
+    for (int d = 0; d < 3; ++d) {
+        range_[d] = int32_t(std::ceil(margin[d] * inner_[d]));
+        border_[d] = periodic ? range_[d] : 0;
+        copies[d] = periodic ? int32_t(std::ceil(margin[d])) : 0;
+        bins_[d] = inner_[d] + 2 * border_[d];
+    }
+    cell_ = cell;
+    wrapped_.resize(n);
+    wrap_.resize(n);
+    images_.clear();
+    for (int32_t i = 0; i < n; ++i) {
+        const std::array<double, 3> r = {positions[3 * i] - origin[0], positions[3 * i + 1] - origin[1],
+                                         positions[3 * i + 2] - origin[2]};
+        std::array<double, 3> fraction;
+        for (int d = 0; d < 3; ++d) {
+            fraction[d] = dot(inverse[d], r);
+            const double whole = periodic ? std::floor(fraction[d]) : 0.0;
+            wrap_[i][d] = int32_t(whole);
+            fraction[d] -= whole;
+        }
+        for (int d = 0; d < 3; ++d) {
+            wrapped_[i][d] = r[d];
+            for (int e = 0; e < 3; ++e) wrapped_[i][d] -= wrap_[i][e] * cell[e][d];
+        }
+        std::array<int32_t, 3> s;
+        auto bin_along = [&](int d) {
+            const int32_t bin = int32_t(std::floor((fraction[d] + s[d]) * inner_[d])) + border_[d];
+            return std::clamp(bin, 0, bins_[d] - 1);
+        };
+        auto far = [&](int d) { return periodic && (fraction[d] + s[d] < -margin[d] || fraction[d] + s[d] > 1 + margin[d]); };
+        for (s[0] = -copies[0]; s[0] <= copies[0]; ++s[0]) {
+            if (far(0)) continue;
+            for (s[1] = -copies[1]; s[1] <= copies[1]; ++s[1]) {
+                if (far(1)) continue;
+                for (s[2] = -copies[2]; s[2] <= copies[2]; ++s[2])
+                    if (!far(2)) images_.push_back({(bin_along(0) * bins_[1] + bin_along(1)) * bins_[2] + bin_along(2), i, s});
+            }
+        }
+    }
+}
+
+// interleave the bits of a bin's three indices: Morton's space-filling curve
+inline uint64_t morton(uint32_t a, uint32_t b, uint32_t c) {
+    uint64_t code = 0;
+    for (int bit = 0; bit < 20; ++bit)
+        code |= uint64_t(a >> bit & 1) << (3 * bit + 2) | uint64_t(b >> bit & 1) << (3 * bit + 1) | uint64_t(c >> bit & 1) << (3 * bit);
+    return code;
+}
+
+// Order the atoms along the curve, the images by bin, and lay the images' coordinates side by side.
+inline void Neighborhood::sort_images() {
+    const int32_t n = int32_t(wrapped_.size());
+    std::vector<uint64_t> code(n);
+    for (const Image& image : images_)
+        if (image.shift == std::array<int32_t, 3>{0, 0, 0})
+            code[image.atom] = morton(image.bin / (bins_[1] * bins_[2]), image.bin / bins_[2] % bins_[1], image.bin % bins_[2]);
+    order.resize(n);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return code[a] < code[b]; });
+    std::vector<int32_t> internal(n);
+    for (int32_t i = 0; i < n; ++i) internal[order[i]] = i;
+
+    bin_start_.assign(size_t(bins_[0]) * bins_[1] * bins_[2] + 1, 0);
+    for (const Image& image : images_) ++bin_start_[image.bin + 1];
+    std::partial_sum(bin_start_.begin(), bin_start_.end(), bin_start_.begin());
+    std::vector<int32_t> next(bin_start_.begin(), bin_start_.end() - 1);
+    const size_t count = images_.size();
+    owner.resize(count);
+    shift.resize(count);
+    x_.resize(count);
+    y_.resize(count);
+    z_.resize(count);
+    rank_.resize(count);
+    home.resize(n);
+    for (const Image& image : images_) {
+        const int32_t at = next[image.bin]++, atom = image.atom;
+        owner[at] = internal[atom];
+        std::array<double, 3> r = wrapped_[atom];
+        for (int d = 0; d < 3; ++d) {
+            shift[at][d] = image.shift[d] - wrap_[atom][d];
+            for (int e = 0; e < 3; ++e) r[d] += image.shift[e] * cell_[e][d];
+        }
+        x_[at] = r[0];
+        y_[at] = r[1];
+        z_[at] = r[2];
+        const std::array<int32_t, 3> none = {0, 0, 0};
+        rank_[at] = image.shift > none ? INT32_MAX : image.shift == none ? internal[atom] : -1;
+        if (image.shift == none) home[internal[atom]] = at;
+    }
+}
+
+inline void Neighborhood::search(double edge_reach, double dispersion_reach, int threads) {
+    const int32_t n = int32_t(order.size());
+    const double edge_square = edge_reach * edge_reach, dispersion_square = dispersion_reach * dispersion_reach;
+    for (List* list : {&edges, &dispersion}) list->start.assign(n + 1, 0);
+    std::vector<std::vector<int32_t>> found_edges(threads), found_dispersion(threads);
+    auto first_row = [&](int thread) { return int32_t(int64_t(n) * thread / threads); };
+    // each thread searches for a contiguous range of atoms
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        std::vector<int32_t>&near = found_edges[thread], &half = found_dispersion[thread];
+        std::vector<double> square;
+        for (int32_t i = first_row(thread); i < first_row(thread + 1); ++i) {
+            const int32_t home_i = home[i];
+            const double x = x_[home_i], y = y_[home_i], z = z_[home_i];
+            const int32_t bin = int32_t(std::upper_bound(bin_start_.begin(), bin_start_.end(), home_i) - bin_start_.begin()) - 1;
+            const int32_t a = bin / (bins_[1] * bins_[2]), b = bin / bins_[2] % bins_[1], c = bin % bins_[2];
+            const std::array<int32_t, 3> at = {a, b, c};
+            std::array<int32_t, 3> low, high;
+            for (int d = 0; d < 3; ++d) {
+                low[d] = std::max(at[d] - range_[d], 0);
+                high[d] = std::min(at[d] + range_[d], bins_[d] - 1);
+            }
+            const size_t edges_before = near.size(), dispersion_before = half.size();
+            for (int32_t p = low[0]; p <= high[0]; ++p)
+                for (int32_t q = low[1]; q <= high[1]; ++q) {
+                    const int32_t column = (p * bins_[1] + q) * bins_[2];
+                    const int32_t begin = bin_start_[column + low[2]], count = bin_start_[column + high[2] + 1] - begin;
+                    if (count <= 0) continue;
+                    if (square.size() < size_t(count)) square.resize(2 * count);
+                    for (int32_t k = 0; k < count; ++k) {
+                        const double dx = x_[begin + k] - x, dy = y_[begin + k] - y, dz = z_[begin + k] - z;
+                        square[k] = dx * dx + dy * dy + dz * dz;
+                    }
+                    const size_t near_size = near.size(), half_size = half.size();
+                    near.resize(near_size + count);
+                    half.resize(half_size + count);
+                    int32_t *to_near = near.data() + near_size, *to_half = half.data() + half_size;
+                    for (int32_t k = 0; k < count; ++k) {  // append without branching
+                        *to_near = *to_half = begin + k;
+                        to_near += (square[k] < edge_square) & (begin + k != home_i);
+                        to_half += (square[k] < dispersion_square) & (i < rank_[begin + k]);
+                    }
+                    near.resize(to_near - near.data());
+                    half.resize(to_half - half.data());
+                }
+            edges.start[i + 1] = int64_t(near.size() - edges_before);
+            dispersion.start[i + 1] = int64_t(half.size() - dispersion_before);
+        }
+    }
+    auto gather = [&](List& list, const std::vector<std::vector<int32_t>>& found) {
+        std::partial_sum(list.start.begin(), list.start.end(), list.start.begin());
+        list.image.resize(size_t(list.start[n]));
+        for (int thread = 0; thread < threads; ++thread)
+            std::copy(found[thread].begin(), found[thread].end(), list.image.begin() + list.start[first_row(thread)]);
+    };
+    gather(edges, found_edges);
+    gather(dispersion, found_dispersion);
+}
+
+}  // namespace bamboo
