@@ -1,8 +1,9 @@
 """The ASE calculator."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
@@ -31,7 +32,7 @@ class BambooCalculator(Calculator):
     Raises UnknownElementError, or InputError for partly periodic, empty, overlapping or not finite structures.
     """
 
-    implemented_properties: ClassVar[list[str]] = [
+    implemented_properties = [  # noqa: RUF012 (ASE's declaration)
         "energy", "free_energy", "forces", "stress", "charges", "dipole", "terms",
     ]  # fmt: skip
 
@@ -45,7 +46,7 @@ class BambooCalculator(Calculator):
         skin: float = 1.0,
         **ase_options: Any,
     ) -> None:
-        super().__init__(**ase_options)
+        super().__init__(**ase_options)  # type: ignore[no-untyped-call]
         if dtype not in DTYPES:
             raise InputError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}.")
         if device == "auto":
@@ -55,8 +56,10 @@ class BambooCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Report what changed since the last call; a changed total charge counts as changed charges."""
-        changes: list[str] = super().check_state(atoms, tol=tol)
-        if self.atoms is not None and atoms.info.get("charge", 0.0) != self.atoms.info.get("charge", 0.0):
+        changes: list[str] = super().check_state(atoms, tol=tol)  # type: ignore[no-untyped-call]
+        if self.atoms is not None and not np.array_equal(
+            atoms.info.get("charge", 0.0), self.atoms.info.get("charge", 0.0)
+        ):
             changes.append("initial_charges")
         return changes
 
@@ -67,7 +70,9 @@ class BambooCalculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         """Fill ``results``; called by ASE."""
-        super().calculate(atoms, properties or ["energy"], system_changes)
+        super().calculate(atoms, properties or ["energy"], system_changes)  # type: ignore[no-untyped-call]
+        if self.atoms is None:
+            raise InputError("The calculator has no atoms.")
         system = System.from_atoms(self.atoms)
         output = self.evaluator.evaluate(Batch.from_systems([system], device=self.evaluator.device))
         energy = float(output.energy[0])
@@ -79,6 +84,7 @@ class BambooCalculator(Calculator):
             "terms": {name: float(value[0]) for name, value in output.terms.items()},
         }
         if system.pbc:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(-output.virial[0].cpu().numpy() / system.volume)
+            stress = -output.virial[0].cpu().numpy() / system.volume
+            self.results["stress"] = full_3x3_to_voigt_6_stress(stress)  # type: ignore[no-untyped-call]
         else:
             self.results["dipole"] = output.dipole[0].cpu().numpy()

@@ -67,7 +67,10 @@ def save(force_field: ForceField, path: str | Path, *, card: dict[str, Any] | No
         "config": force_field.config.to_dict(),
         "card": card or {},
     }
-    save_file(tensors, str(path), metadata={"bamboo": json.dumps(header, ensure_ascii=False)})
+    try:
+        save_file(tensors, str(path), metadata={"bamboo": json.dumps(header, ensure_ascii=False)})
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: the model cannot be written: {error}.") from error
 
 
 def describe(name_or_path: str | Path) -> dict[str, Any]:
@@ -111,21 +114,34 @@ def load(
     Raises ModelFileError for damaged, foreign or newer files.
     """
     path = resolve(name_or_path)
-    header = describe(path)
     try:
-        config = ForceFieldConfig.from_dict(header["config"])
-        if charge_response is not None:
-            config = replace(config, charge_response=charge_response)
+        config = ForceFieldConfig.from_dict(describe(path)["config"])
+    except ModelFileError:
+        raise
     except (KeyError, InputError) as error:
         raise ModelFileError(f"{path}: unusable settings in the header: {error}") from error
-    force_field = ForceField(config)
-    expected = force_field.state_dict()
     with safe_open(str(path), framework="pt") as file:
-        names = set(file.keys())
-        if names != set(expected):
-            odd = sorted(names ^ set(expected))
-            raise ModelFileError(f"{path}: its tensors do not fit its settings, for example '{odd[0]}'.")
-        tensors = {name: file.get_tensor(name) for name in names}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    _check_tensors(path, tensors, config)
+    if charge_response is not None:
+        config = replace(config, charge_response=charge_response)
+    force_field = ForceField(config)
+    force_field.load_state_dict(tensors)
+    return force_field.to_dtype(dtype).eval()
+
+
+def _check_tensors(path: Path, tensors: dict[str, torch.Tensor], config: ForceFieldConfig) -> None:
+    """Raise ModelFileError unless the tensors are those the settings ask for, finite and physical."""
+    if config.network.layers > len(tensors):  # absurd, and building them would take for ever
+        raise ModelFileError(f"{path}: its tensors do not fit its settings of {config.network.layers} layers.")
+    try:
+        with torch.device("meta"):  # shapes only
+            expected = ForceField(config).state_dict()
+    except RuntimeError as error:
+        raise ModelFileError(f"{path}: no network can have the size in its settings.") from error
+    odd = sorted(set(tensors) ^ set(expected))
+    if odd:
+        raise ModelFileError(f"{path}: its tensors do not fit its settings, for example '{odd[0]}'.")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ModelFileError(
@@ -133,5 +149,5 @@ def load(
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelFileError(f"{path}: tensor '{name}' holds numbers that are not finite.")
-    force_field.load_state_dict(tensors)
-    return force_field.to_dtype(dtype).eval()
+    if bool((tensors["dispersion.c6"] < 0).any()):
+        raise ModelFileError(f"{path}: tensor 'dispersion.c6' holds negative coefficients.")

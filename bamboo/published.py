@@ -5,9 +5,11 @@ the small interpreter below, which knows only containers, numbers, text and tens
 tables, everything else is refused. Nothing in the file is executed.
 """
 
+import math
 import pickletools
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ _MARK = object()
 def _storage(reference: Any, archive: zipfile.ZipFile, root: str) -> np.ndarray:
     """Return the numbers of a persistent reference ("storage", type, key, device, size)."""
     dtypes = {
-        "torch.FloatStorage": "<f4", "torch.DoubleStorage": "<f8", "torch.LongStorage": "<i8",
-        "torch.IntStorage": "<i4", "torch.BoolStorage": "?",
+        "torch FloatStorage": "<f4", "torch DoubleStorage": "<f8", "torch LongStorage": "<i8",
+        "torch IntStorage": "<i4", "torch BoolStorage": "?",
     }  # fmt: skip
     if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
         raise ModelFileError("unexpected persistent reference in data.pkl")
@@ -69,6 +71,8 @@ def _rebuild(arguments: tuple[Any, ...]) -> torch.Tensor:
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if not isinstance(numbers, np.ndarray) or min((offset, *size, *stride), default=0) < 0 or last >= len(numbers):
         raise ModelFileError("a tensor reaches beyond its storage")
+    if math.prod(size) > len(numbers):
+        raise ModelFileError("a tensor is larger than its storage")
     strides = [s * numbers.itemsize for s in stride]
     return torch.from_numpy(np.lib.stride_tricks.as_strided(numbers[offset:], size, strides).copy())
 
@@ -91,10 +95,10 @@ def _call(function: Any, arguments: Any) -> Any:
 def _interpret(program: bytes, archive: zipfile.ZipFile, root: str) -> Any:
     """Return the object that the opcodes of data.pkl describe, modules as ``_Module``."""
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def pop_mark() -> list[Any]:
-        start = len(stack) - 1 - stack[::-1].index(_MARK)
+        start = max(place for place, item in enumerate(stack) if item is _MARK)
         items = stack[start + 1 :]
         del stack[start:]
         return items
@@ -161,14 +165,18 @@ def _interpret(program: bytes, archive: zipfile.ZipFile, root: str) -> Any:
     raise ModelFileError("data.pkl ends before it is complete")
 
 
-def _tensors_of(module: _Module, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Return all tensors below a module by attribute path."""
+def _tensors_of(top: _Module) -> dict[str, torch.Tensor]:
+    """Return all tensors below a module by attribute path; a module that is met again counts once."""
     found: dict[str, torch.Tensor] = {}
-    for name, value in module.attributes.items():
-        if isinstance(value, torch.Tensor):
-            found[prefix + name] = value
-        elif isinstance(value, _Module):
-            found |= _tensors_of(value, f"{prefix}{name}.")
+    seen, waiting = {id(top)}, [("", top)]
+    while waiting:
+        prefix, module = waiting.pop()
+        for name, value in module.attributes.items():
+            if isinstance(value, torch.Tensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, _Module) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{prefix}{name}.", value))
     return found
 
 
@@ -185,9 +193,9 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
             top = _interpret(archive.read(programs[0]), archive, root)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
         raise ModelFileError(f"{path}: not a readable TorchScript archive: {error}.") from error
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error) as error:
         raise ModelFileError(f"{path}: data.pkl is damaged ({type(error).__name__}: {error}).") from error
     if not isinstance(top, _Module):
         raise ModelFileError(f"{path}: data.pkl does not describe a module.")
@@ -216,8 +224,11 @@ _HEADS = {
 }  # fmt: skip
 
 
+_TABLES = ("c6_emb.weight", "r0_emb.weight", "oplsaa_charge.weight", "electronegativity_table.weight")
+
+
 def _rename(name: str, last: int) -> str | None:
-    """Return our name of a published tensor, None for the physical tables."""
+    """Return our name of a published tensor, None for one that we do not know."""
     direct = {
         "atom_embtab.weight": "embedding.weight", "dis_rbf.means": "network.radial.means",
         "dis_rbf.betas": "network.radial.betas", "dv_proj.0.weight": "network.edge.weight",
@@ -252,14 +263,27 @@ def force_field_from_published(tensors: dict[str, torch.Tensor]) -> ForceField:
             channels=channels, heads=channels // HEADS_CHANNELS, layers=len(middle) + 2, n_radial=n_radial
         )
         config = ForceFieldConfig(
-            network=network, dispersion=PUBLISHED_DISPERSION, repulsion=False, charge_response="frozen"
+            network=network,
+            dispersion=PUBLISHED_DISPERSION,
+            repulsion=False,
+            charge_response="frozen",
+            charge_limit=2.0,
         )
         force_field = ForceField(config)
         state = force_field.state_dict()
+        open_names = {name for name, _ in force_field.named_parameters()}
         for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelFileError(f"tensor '{name}' holds numbers that are not finite")
+            if name in _TABLES:
+                continue
             ours = _rename(name, network.layers - 1)
-            if ours is not None:
-                state[ours] = tensor.to(state[ours].dtype).reshape(state[ours].shape)
+            if ours not in open_names or tensor.shape != state[ours].shape:
+                raise ModelFileError(f"tensor '{name}' of shape {tuple(tensor.shape)} is not expected")
+            open_names.remove(ours)
+            state[ours] = tensor.to(state[ours].dtype, copy=True)
+        if open_names:
+            raise ModelFileError(f"nothing corresponds to '{min(open_names)}'")
         kcal = units.KCAL_PER_MOL
         for head, factor in (("energy", kcal), ("electronegativity", kcal**0.5), ("hardness", kcal**0.5)):
             for kind in ("weight", "bias"):
@@ -272,10 +296,13 @@ def force_field_from_published(tensors: dict[str, torch.Tensor]) -> ForceField:
         radius = torch.ones(len(state["known"]), dtype=torch.float64)
         _fill(radius, tensors["r0_emb.weight"])
         state["dispersion.radius"] = (radius[:, None] + radius[None, :]) / 2.0
+        for table in ("dispersion.c6", "reference_electronegativity"):
+            if not bool((state[table] >= 0).all()):  # nan where the square root failed
+                raise ModelFileError(f"the table of {table} holds negative numbers")
         state["known"] = tensors["atom_embtab.weight"].abs().sum(1) > 1.0e-3
         force_field.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ModelFileError(f"The tensors are not those of a published checkpoint: {error}.") from error
+    except (ModelFileError, LookupError, RuntimeError, ValueError, TypeError, InputError) as error:
+        raise ModelFileError(f"The tensors are not those of the published checkpoint: {error}.") from error
     return force_field
 
 
@@ -293,7 +320,11 @@ def import_published(source: str | Path, destination: str | Path) -> None:
     source, destination = Path(source), Path(destination)
     if destination.exists():
         raise InputError(f"{destination} exists already; give another name or remove it.")
-    force_field = force_field_from_published(read_tensors(source))
+    tensors = read_tensors(source)
+    try:
+        force_field = force_field_from_published(tensors)
+    except ModelFileError as error:
+        raise ModelFileError(f"{source}: {error}") from error
     card = {
         "name": "published BAMBOO checkpoint (2024)",
         "source": f"imported from {source.name}",
