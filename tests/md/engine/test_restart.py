@@ -128,3 +128,15 @@ def test_all_slots_torn_or_newer(toys, tmp_path):
     with pytest.warns(UserWarning), pytest.raises(InputError, match="no undamaged checkpoint"):
         restart.load(tmp_path)
     assert not restart.exists(tmp_path)
+
+
+def test_random_numbers_go_on_reproducibly_on_another_kind_of_device(toys, tmp_path):
+    """Generators of CPU and GPU do not understand each other's state: the course is new, but the same each time."""
+    stepped(toys, tmp_path, [10])
+    header = json.loads((tmp_path / "a.json").read_text())
+    same = restart.load(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps(header | {"device": "cuda"}))
+    first, second = restart.load(tmp_path), restart.load(tmp_path)
+    assert same is not None and first is not None and second is not None
+    draws = [checkpoint.state.normal() for checkpoint in (same, first, second)]
+    assert torch.equal(draws[1], draws[2]) and not torch.equal(draws[0], draws[1])
