@@ -43,6 +43,8 @@ def reported(function: Callable[P, None]) -> Callable[P, None]:
             _leave(f"Interrupted. {error}".strip(), INTERRUPTED)
         except typer.Exit:
             raise
+        except OSError as error:  # full disk, no permission: the machine's matter, not a bug
+            _leave(f"{error.filename or 'output'}: {error.strerror or error}", InputError.exit_code)
         except Exception as error:
             Path("error.log").write_text(traceback.format_exc(), encoding="utf-8")
             what = str(error).splitlines()[0][:200] if str(error) else "no message"

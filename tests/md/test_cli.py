@@ -61,6 +61,7 @@ def test_missing_files_and_unknown_commands_are_code_2(here: Path) -> None:
         (UnknownElementError("x"), 3),
         (GuardError("x"), 4),
         (CheckpointedStop("x"), 75),
+        (PermissionError(13, "Permission denied", "runs"), 2),
         (KeyboardInterrupt("saved"), 130),
         (ValueError("x"), 1),
     ],
@@ -75,7 +76,7 @@ def test_exit_codes(here: Path, error: BaseException, code: int, capsys: pytest.
     assert caught.value.exit_code == code
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
-    assert isinstance(error, BambooError | KeyboardInterrupt) or "Traceback" in (here / "error.log").read_text()
+    assert isinstance(error, BambooError | KeyboardInterrupt | OSError) or "Traceback" in (here / "error.log").read_text()
     assert "Traceback" not in message
 
 
