@@ -105,16 +105,10 @@ def equilibration_start(series: ArrayLike) -> int | None:
     return None if starts[best] == half else int(starts[best]) * block
 
 
-def spread_mean(values: ArrayLike) -> tuple[float, float]:
-    """Return mean and Student-widened standard error of independent values (replicas, long blocks)."""
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        raise InputError(f"The spread of independent values needs at least two of them, got {len(x)}.")
-    return float(x.mean()), spread_stderr(x)
-
-
 def spread_stderr(values: NDArray[np.float64]) -> float:
     """Return std / sqrt(n) t_{0.975}(n - 1) / 1.96, the widened standard error of the mean of independent values."""
+    if len(values) < 2:
+        raise InputError(f"The spread of independent values needs at least two of them, got {len(values)}.")
     return float(values.std(ddof=1)) / sqrt(len(values)) * student_widening(len(values) - 1)
 
 

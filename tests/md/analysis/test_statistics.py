@@ -14,7 +14,7 @@ from md.analysis.statistics import (
     equilibration_start,
     integrated_autocorrelation_time,
     series_mean,
-    spread_mean,
+    spread_stderr,
 )
 
 
@@ -97,10 +97,10 @@ def test_drift_longer_than_the_run_is_seen() -> None:
 
 def test_spread_of_few_independent_values_covers_the_truth() -> None:
     values = np.random.default_rng(8).normal(size=(2000, 4))
-    covered = [abs(mean) < 1.96 * stderr for mean, stderr in map(spread_mean, values)]
+    covered = [abs(four.mean()) < 1.96 * spread_stderr(four) for four in values]
     assert abs(np.mean(covered) - 0.95) < 3.0 * sqrt(0.95 * 0.05 / 2000)
     with pytest.raises(InputError, match="at least two"):
-        spread_mean([1.0])
+        spread_stderr(np.ones(1))
 
 
 def estimate(value: float | None, stderr: float | None, n_effective: float = 10.0) -> Estimate:

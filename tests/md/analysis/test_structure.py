@@ -17,7 +17,7 @@ from md.analysis.structure import (
 from md.trajectory import Ensemble, Topology, Trajectory
 
 MakeTrajectory = Callable[..., Trajectory]
-TRICLINIC = np.array([[9.0, 0.0, 0.0], [2.0, 8.0, 0.0], [-1.0, 1.5, 7.0]])
+TRICLINIC = np.array([[9.0, 0.0, 0.0], [8.0, 8.0, 0.0], [-7.0, 6.0, 7.0]])  # far from a box
 
 
 def test_pairs_equal_the_sum_over_images() -> None:
@@ -166,10 +166,11 @@ def test_gas_has_no_shell_and_liquid_without_ions_no_pairs(make_trajectory: Make
 
 
 def test_shell_is_found_where_g_is_smooth() -> None:
-    """A peak at 2 Å and a dip at 3.1 Å on top of 1; and a g(r) that only rises where solvent lies between."""
+    """A peak at 2 Å and a dip at 3.1 Å on top of 1; and a g(r) whose only shell lies behind the solvent."""
     r = np.arange(0.025, 10.0, 0.05)
     g = np.where(r > 1.2, 1.0, 0.0) + 8.0 * np.exp(-((r - 2.0) ** 2) / 0.08) - 0.9 * np.exp(-((r - 3.1) ** 2) / 0.4)
     minimum = RadialDistribution(r, g, np.zeros_like(r)).first_minimum()
     assert minimum is not None and abs(minimum - 3.1) < 0.1
-    late = RadialDistribution(r, np.where(r > 4.0, 2.0, 0.0), np.zeros_like(r))
+    separated = np.where((r > 4.5) & (r < 5.5), 3.0, np.where(r > 7.0, 1.1, 0.0))
+    late = RadialDistribution(r, separated, np.zeros_like(r))
     assert late.first_minimum() is None
