@@ -2,11 +2,12 @@
 
 Training on forces differentiates twice. Plain torch writes some forty arrays of (n_edges, F) for the messages of one
 layer on the way there and back; ``source/messages.h`` keeps what belongs to an edge in registers and does the forward
-pass, its gradient, and the gradient of that gradient in one loop over the edges each. Edge features depend on the
-distance alone, so ``source/edges.h`` computes them together with their derivative e'(r).
+pass, its gradient, and the gradient of that gradient in one loop over the edges each. The two edges between a pair of
+atoms differ in the sign of their vector only: everything that belongs to an edge is computed once for the pair. Edge
+features depend on the distance alone, so ``source/edges.h`` computes them together with their derivative e'(r).
 
 The results are those of the plain torch in ``bamboo.nn.get``, which stays the definition and takes over wherever
-``graph_of`` returns None.
+``pairs_of`` returns None.
 """
 
 import ctypes
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from bamboo.nn.radial import RadialBasis
+
+if TYPE_CHECKING:
+    from bamboo.nn.get import NetworkConfig
 
 Tensor = torch.Tensor
 MAX_CHANNELS = 512  # of the native library
@@ -55,9 +59,9 @@ def plain() -> Iterator[None]:
         _enabled = before
 
 
-def _threads(n_edges: int) -> int:
-    """Return how many threads to use: waking one costs as much as a thousand edges."""
-    return max(1, min(torch.get_num_threads(), n_edges // 1000))
+def _threads(n_pairs: int) -> int:
+    """Return how many threads to use: waking one costs as much as a thousand pairs."""
+    return max(1, min(torch.get_num_threads(), n_pairs // 1000))
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:
@@ -78,42 +82,50 @@ def _call(name: str, *arguments: Tensor | int | float) -> None:
 
 
 @dataclass(frozen=True)
-class Graph:
-    """The edges as the native library wants them: those of receiver i are first[i] .. first[i + 1] - 1.
+class Pairs:
+    """Each pair of neighbours once: of the two edges of a full list between two atoms, the one that is kept.
 
-    first (n_atoms + 1,) and sender (n_edges,) int64, contiguous; heads, number of attention heads.
+    kept (n_pairs,) its index in the full list; other (n_pairs,) its sender; the pairs of receiver i are
+    first[i] .. first[i + 1] - 1; all int64. heads, number of attention heads.
     """
 
+    kept: Tensor
+    other: Tensor
     first: Tensor
-    sender: Tensor
     heads: int
 
 
-def graph_of(edge_index: Tensor, n_atoms: int, *, channels: int, heads: int, differential: bool) -> Graph | None:
-    """Return the graph for ``messages``, or None if plain torch has to do it.
+def pairs_of(edge_index: Tensor, edge_vec: Tensor, *, n_atoms: int, config: "NetworkConfig") -> Pairs | None:
+    """Return the pairs of a full list, or None if plain torch has to do the work.
 
-    That is where there is no native library, off the CPU, for differential attention, and for edges that are not
-    sorted by receiver. edge_index (2, n_edges) int64.
+    That is where there is no native library, off the CPU, for differential attention, and for edges that are not sorted
+    by receiver or lack their counterpart. edge_index (2, n_edges) int64; edge_vec (n_edges, 3).
     """
-    receiver = edge_index[0]
-    if not _enabled or differential or channels > MAX_CHANNELS or receiver.device.type != "cpu" or not available():
+    if not _enabled or config.attention != "get" or config.channels > MAX_CHANNELS:
         return None
-    if bool((receiver[1:] < receiver[:-1]).any()):
+    if edge_vec.device.type != "cpu" or not available():
         return None
-    first = torch.searchsorted(receiver.contiguous(), torch.arange(n_atoms + 1))
-    return Graph(first, edge_index[1].contiguous(), heads)
+    n_edges = edge_index.shape[1]
+    first, found = edge_index.new_zeros(n_atoms + 1), edge_index.new_zeros(1)
+    kept, other = edge_index.new_empty(n_edges), edge_index.new_empty(n_edges)
+    receiver, sender = edge_index[0].contiguous(), edge_index[1].contiguous()
+    _call("pair_up", n_atoms, n_edges, receiver, sender, edge_vec.detach().contiguous(), first, other, kept, found)
+    return Pairs(kept[: n_edges // 2], other[: n_edges // 2], first, config.heads) if bool(found) else None
 
 
-def messages(qkv: Tensor, feature: Tensor, envelope: Tensor, direction: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
-    """Return m (n, F) and M (n, 3, F) of ``bamboo.nn.get.messages``, twice differentiable in all but the graph."""
-    scalar, vector = _Messages.apply(qkv, feature, envelope, direction, graph)  # type: ignore[no-untyped-call]
+def messages(qkv: Tensor, feature: Tensor, envelope: Tensor, direction: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Return m (n, F) and M (n, 3, F) of ``bamboo.nn.get.messages``, twice differentiable in all but the pairs.
+
+    feature (n_pairs, F), envelope (n_pairs,), direction (n_pairs, 3), as seen from the receiver of the kept edge.
+    """
+    scalar, vector = _Messages.apply(qkv, feature, envelope, direction, pairs)  # type: ignore[no-untyped-call]
     return scalar, vector
 
 
-def _call_messages(name: str, graph: Graph, qkv: Tensor, *tensors: Tensor) -> None:
+def _call_messages(name: str, pairs: Pairs, qkv: Tensor, *tensors: Tensor) -> None:
     channels = qkv.shape[1] // 3
-    sizes = (channels, channels // graph.heads, _threads(len(graph.sender)))
-    _call(name, len(qkv), graph.first, graph.sender, *sizes, qkv, *tensors)
+    sizes = (channels, channels // pairs.heads, _threads(len(pairs.other)))
+    _call(name, len(qkv), pairs.first, pairs.other, *sizes, qkv, *tensors)
 
 
 class _Messages(Function):
@@ -121,18 +133,18 @@ class _Messages(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, graph = arguments
+        *tensors, pairs = arguments
         inputs = [tensor.contiguous() for tensor in tensors]
         n_atoms, channels = len(inputs[0]), inputs[1].shape[1]
         scalar, vector = inputs[0].new_empty(n_atoms, channels), inputs[0].new_empty(n_atoms, 3, channels)
-        _call_messages("messages", graph, *inputs, scalar, vector)
-        ctx.graph = graph
+        _call_messages("messages", pairs, *inputs, scalar, vector)
+        ctx.pairs = pairs
         ctx.save_for_backward(*tensors)
         return scalar, vector
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _Gradient.apply(*upstream, *ctx.saved_tensors, ctx.graph)  # type: ignore[no-untyped-call]
+        gradient = _Gradient.apply(*upstream, *ctx.saved_tensors, ctx.pairs)  # type: ignore[no-untyped-call]
         return (*gradient, None)
 
 
@@ -141,11 +153,11 @@ class _Gradient(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, graph = arguments
+        *tensors, pairs = arguments
         g, vector_g, *inputs = (tensor.contiguous() for tensor in tensors)
-        gradient = (torch.zeros_like(inputs[0]), *(torch.empty_like(tensor) for tensor in inputs[1:]))
-        _call_messages("messages_backward", graph, *inputs, g, vector_g, *gradient)
-        ctx.graph = graph
+        gradient = tuple(torch.empty_like(tensor) for tensor in inputs)
+        _call_messages("messages_backward", pairs, *inputs, g, vector_g, *gradient)
+        ctx.pairs = pairs
         ctx.save_for_backward(*tensors)
         return gradient
 
@@ -154,9 +166,9 @@ class _Gradient(Function):
     def backward(ctx: Any, *along: Tensor) -> tuple[Tensor | None, ...]:
         g, vector_g, *inputs = (tensor.contiguous() for tensor in ctx.saved_tensors)
         on_upstream = (torch.empty_like(g), torch.empty_like(vector_g))
-        on_inputs = (torch.zeros_like(inputs[0]), *(torch.empty_like(tensor) for tensor in inputs[1:]))
+        on_inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
         directions = (tensor.contiguous() for tensor in along)
-        _call_messages("messages_second", ctx.graph, *inputs, g, vector_g, *directions, *on_upstream, *on_inputs)
+        _call_messages("messages_second", ctx.pairs, *inputs, g, vector_g, *directions, *on_upstream, *on_inputs)
         return (*on_upstream, *on_inputs, None)
 
 

@@ -55,7 +55,7 @@ class Edges:
     """Everything a layer needs to know about the edges, computed once for all layers.
 
     i, j (n_edges,) receiver and sender; feature (n_edges, F); envelope (n_edges,); direction (n_edges, 3), length 1;
-    graph, the same edges for the native library, None where plain torch does the messages.
+    pairs, where the native library does the messages: the arrays then hold one row per pair instead of one per edge.
     """
 
     i: torch.Tensor
@@ -63,7 +63,7 @@ class Edges:
     feature: torch.Tensor
     envelope: torch.Tensor
     direction: torch.Tensor
-    graph: fused.Graph | None = None
+    pairs: fused.Pairs | None = None
 
 
 def messages(qkv: torch.Tensor, edges: Edges, *, heads: int, differential: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,10 +71,10 @@ def messages(qkv: torch.Tensor, edges: Edges, *, heads: int, differential: bool)
 
     m_i = sum_j v_j * e_ij * a_ij, (n, F), and M_i = sum_j (v_j * e_ij) (x) u_ij, (n, 3, F), with the attention
     a_ij = SiLU(sum_d q_i k_j) f(r_ij) per head; qkv (n, 3 F) is q | k | v, the channels of one head contiguous.
-    The native library does the same where it can (``edges.graph``); what follows is the definition.
+    The native library does the same where it can (``edges.pairs``); what follows is the definition.
     """
-    if edges.graph is not None:
-        return fused.messages(qkv, edges.feature, edges.envelope, edges.direction, edges.graph)
+    if edges.pairs is not None:
+        return fused.messages(qkv, edges.feature, edges.envelope, edges.direction, edges.pairs)
     q, k, v = qkv.chunk(3, dim=-1)
     n_atoms, channels = v.shape
     i, j = edges.i, edges.j
@@ -157,19 +157,17 @@ class GraphEquivariantTransformer(nn.Module):
 
         h (n, F) element embedding; edge_vec (n_edges, 3) Å, r_j - r_i; edge_index (2, n_edges), i receives, j sends.
         """
+        pairs = fused.pairs_of(edge_index, edge_vec, n_atoms=len(h), config=self.config)
+        if pairs is not None:
+            edge_vec = edge_vec.index_select(0, pairs.kept)
         distance = safe_norm(edge_vec)
-        envelope = cosine_envelope(distance, self.config.cutoff)
-        config = self.config
-        graph = fused.graph_of(
-            edge_index, len(h), channels=config.channels, heads=config.heads, differential=config.attention == "gedt"
-        )
         edges = Edges(
             i=edge_index[0],
             j=edge_index[1],
-            feature=self.edge_feature(distance) if graph is None else self._fused_edge_feature(distance),
-            envelope=envelope,
+            feature=self.edge_feature(distance) if pairs is None else self._fused_edge_feature(distance),
+            envelope=cosine_envelope(distance, self.config.cutoff),
             direction=edge_vec / distance[:, None],
-            graph=graph,
+            pairs=pairs,
         )
         v = None
         for layer in self.layers:

@@ -11,8 +11,6 @@
 #include <cstdint>
 #include <vector>
 
-#include <omp.h>
-
 #include "functions.h"
 
 namespace {
