@@ -77,15 +77,18 @@ def test_scaling_moves_molecules_rigidly():
 
 
 def test_broken_and_fused_molecules_are_noticed():
-    cluster = pack_cluster({"EC": 1, "Li": 1}, seed=1)
-    bonds = formal_bonds(("EC", "Li"))
-    assert sampling.is_intact(cluster, bonds)
-    hydrogen = int(np.flatnonzero(cluster.numbers == 1)[0])
-    for where in ([9.0, 0.0, 0.0], None):
-        positions = cluster.positions.copy()
-        other = int(np.flatnonzero(cluster.numbers == 8)[-1])
-        positions[hydrogen] = where if where else positions[other] + [0.0, 0.0, 0.95]
-        assert not sampling.is_intact(replace(cluster, positions=positions), bonds)
+    pair = pack_cluster({"EC": 2}, seed=1)
+    bonds = formal_bonds(("EC", "EC"))
+    assert sampling.is_intact(pair, bonds)
+    hydrogen = int(np.flatnonzero(pair.numbers == 1)[-1])
+    carbonyl = int(np.flatnonzero(pair.numbers == 8)[1])
+    broken, fused = pair.positions.copy(), pair.positions.copy()
+    broken[hydrogen] += [9.0, 0.0, 0.0]
+    outward = broken[carbonyl] - broken[:10].mean(axis=0)
+    # the second molecule moves as a whole, one hydrogen to 0.95 Å from an oxygen of the first: all old bonds remain
+    fused[10:] += fused[carbonyl] + 0.95 * outward / np.linalg.norm(outward) - fused[hydrogen]
+    assert not sampling.is_intact(replace(pair, positions=broken), bonds)
+    assert not sampling.is_intact(replace(pair, positions=fused), bonds)
 
 
 def test_dynamics_gives_frames_whose_labels_belong_to_the_stored_positions(library, monkeypatch):
