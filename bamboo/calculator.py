@@ -24,6 +24,7 @@ class BambooCalculator(Calculator):
     device           "auto" (a GPU where there is one), "cpu", "cuda", …
     dtype            precision of the network, "float32" or "float64"; physical terms are always float64
     charge_response  None (as the model file says), "full" or "frozen"
+    skin, engine     as in ``Evaluator``
 
     The total charge is read from ``atoms.info["charge"]`` (0 where absent). ``results`` holds, in ASE's units:
     energy, free_energy [eV]; forces (n, 3) [eV/Å]; stress (6,) Voigt [eV/Å^3], periodic only; charges (n,) [e];
@@ -44,6 +45,7 @@ class BambooCalculator(Calculator):
         dtype: str = "float32",
         charge_response: str | None = None,
         skin: float = 1.0,
+        engine: str = "auto",
         **ase_options: Any,
     ) -> None:
         super().__init__(**ase_options)  # type: ignore[no-untyped-call]
@@ -52,7 +54,7 @@ class BambooCalculator(Calculator):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         force_field = checkpoint.load(model, dtype=DTYPES[dtype], charge_response=charge_response)
-        self.evaluator = Evaluator(force_field, skin=skin, device=device)
+        self.evaluator = Evaluator(force_field, skin=skin, device=device, engine=engine)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Report what changed since the last call; a changed total charge counts as changed charges."""

@@ -10,6 +10,7 @@ import torch
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldOutput
 from bamboo.kernels.engines import choose
+from bamboo.neighbors import check_geometry
 from bamboo.system import Batch
 
 SMALLEST_DISTANCE = 0.3  # Å; closer atoms are a broken input, not chemistry
@@ -34,7 +35,12 @@ class Evaluator:
     ) -> None:
         if not skin >= 0:
             raise InputError(f"skin = {skin} Å, expected a length >= 0.")
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+            torch.zeros(1, dtype=torch.float64, device=self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # torch raises all three
+            reason = str(error).split(". ")[0]
+            raise InputError(f"device '{device}' cannot be used, expected 'cpu' or 'cuda': {reason}") from error
         self.force_field = force_field.to(self.device).eval()
         self.skin = skin
         self._engine = choose(self.force_field, engine, device=self.device)
@@ -61,6 +67,8 @@ class Evaluator:
         batch = batch.to(self.device)
         if not self._still_valid(batch):
             self.force_field.check_elements(batch.numbers)
+            check_geometry(batch)
+            self._built = None  # should the next line fail
             self._engine.rebuild(batch, self.skin)
             # a copy: engines move atoms in place
             self._built = replace(batch, positions=batch.positions.clone(), cell=batch.cell.clone())

@@ -53,23 +53,27 @@ class Neighbors:
     cluster: Pairs
 
 
+def check_geometry(batch: Batch) -> None:
+    """Raise InputError, naming an atom, for coordinates that are not finite or absurd, or a cell without volume."""
+    lost = ~(batch.positions.detach().abs() < MAX_COORDINATE).all(dim=1)  # also true for nan
+    if bool(lost.any()):
+        atom = int(lost.nonzero()[0])
+        raise InputError(
+            f"Atom {atom} is at {batch.positions[atom].tolist()} Å ({int(lost.sum())} such atoms), expected "
+            f"coordinates below {MAX_COORDINATE:.0e} Å. The run has blown up, or the structure is broken."
+        )
+    volumes = torch.linalg.det(batch.cell.detach()[batch.pbc]).abs()
+    if not bool((volumes > 0).all()):
+        raise InputError(f"A periodic box needs three independent cell vectors, got\n{batch.cell[batch.pbc].tolist()}")
+
+
 def find_pairs(batch: Batch, cutoff: float, *, full: bool) -> Pairs:
     """Return all pairs closer than the cutoff [Å] within each system, sorted by i."""
     positions, cells = batch.positions.detach().cpu().numpy(), batch.cell.detach().cpu().numpy()
     start, found_index, found_shift = 0, [], []
     for size, cell, periodic in zip(batch.atoms_per_system.tolist(), cells, batch.pbc.tolist(), strict=True):
         local = positions[start : start + size]
-        lost = ~(np.abs(local) < MAX_COORDINATE).all(axis=1)  # also true for nan
-        if lost.any():
-            atom = int(np.flatnonzero(lost)[0])
-            raise InputError(
-                f"Atom {start + atom} is at {local[atom]} Å ({int(lost.sum())} such atoms), expected coordinates below "
-                f"{MAX_COORDINATE:.0e} Å. The run has blown up, or the structure is broken."
-            )
-        volume = abs(np.linalg.det(cell)) if np.isfinite(cell).all() else 0.0
-        if periodic and not volume > 0:
-            raise InputError(f"A periodic box needs three finite, independent cell vectors, got\n{cell}")
-        density = size / volume if periodic else 0.0
+        density = size / abs(np.linalg.det(cell)) if periodic else 0.0
         if density * 4.2 * cutoff**3 > MAX_NEIGHBORS_PER_ATOM:
             raise InputError(
                 f"The box holds {density:.2f} atoms/Å^3 (a liquid has about 0.1): "
@@ -103,6 +107,7 @@ def all_cluster_pairs(batch: Batch) -> Pairs:
 
 def find_neighbors(batch: Batch, cutoff: float, dispersion_cutoff: float, *, skin: float = 0.0) -> Neighbors:
     """Return the lists of a force field; with a skin [Å] they stay valid while no atom moves more than skin / 2."""
+    check_geometry(batch)
     none = Pairs(batch.numbers.new_zeros(2, 0), batch.positions.new_zeros(0, 3))
     return Neighbors(
         edges=find_pairs(batch, cutoff + skin, full=True),

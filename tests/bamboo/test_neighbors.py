@@ -114,7 +114,7 @@ def test_lost_atoms_are_named(value, periodic):
     batch = Batch.from_systems([system, system])
     batch.positions[3, 1] = value
     with pytest.raises(InputError, match="Atom 3"):
-        find_pairs(batch, 5.0, full=True)
+        find_neighbors(batch, 5.0, 6.0)
 
 
 def test_collapsed_cell_is_refused():
@@ -122,7 +122,7 @@ def test_collapsed_cell_is_refused():
     for value in (0.0, float("nan")):
         batch.cell[0, 2, 2] = value
         with pytest.raises(InputError, match="cell vectors"):
-            find_pairs(batch, 5.0, full=True)
+            find_neighbors(batch, 5.0, 6.0)
 
 
 def test_vectors_are_differentiable_in_positions_and_cell():
