@@ -87,6 +87,6 @@ class BambooCalculator(Calculator):
         }
         if system.pbc:
             stress = -output.virial[0].cpu().numpy() / system.volume
-            self.results["stress"] = full_3x3_to_voigt_6_stress(stress)  # type: ignore[no-untyped-call]
+            self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         else:
             self.results["dipole"] = output.dipole[0].cpu().numpy()

@@ -113,7 +113,7 @@ class _Gate:
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         behind = values.clone()
         if behind.requires_grad:
-            behind.register_hook(self._pass)  # type: ignore[no-untyped-call]
+            behind.register_hook(self._pass)
         return behind
 
     def _pass(self, gradient: torch.Tensor) -> torch.Tensor:

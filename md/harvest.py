@@ -21,7 +21,7 @@ from bamboo.quantum.compositions import random_liquid
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import cut_cluster, molecule_names, pack_box
 from bamboo.system import System
-from md.engine.guards import IntactMolecules, MaximumTemperature, MinimumDistance
+from md.engine.guards import Guard, IntactMolecules, MaximumTemperature, MinimumDistance
 from md.engine.integrators import Langevin
 from md.engine.minimiser import minimise
 from md.engine.simulation import Simulation
@@ -91,6 +91,7 @@ def _one_box(
     names = molecule_names(counts)
     recent: list[System] = []
     structures: list[ase.Atoms] = []
+    problem: str | None = None
     try:
         for snapshot in _snapshots(force_field, config, system, density, temperature_K, recent=recent):
             structures += _structures(snapshot, config, names, generator)
@@ -98,8 +99,6 @@ def _one_box(
         # the last sound frames on the way to the failure are what the model must be taught
         structures += [found for frame in recent[-2:] for found in _structures(frame, config, names, generator)]
         problem = str(error).splitlines()[0]
-    else:
-        problem = None
     for atoms in structures:
         atoms.info |= {"trajectory": name, "temperature_K": temperature_K, "sampling": "liquid"}
     return structures, problem
@@ -120,7 +119,7 @@ def _snapshots(
     minimise(state, evaluator, max_steps=80, force_tolerance=0.5)
     state.draw_momenta(temperature_K)
     integrator = Langevin(timestep_fs=0.5, temperature_K=temperature_K, thermostat_time_fs=50.0)
-    guards = [MaximumTemperature(temperature_K=temperature_K, factor=3.0), MinimumDistance(distance=0.6),
+    guards: list[Guard] = [MaximumTemperature(temperature_K=temperature_K, factor=3.0), MinimumDistance(distance=0.6),
               IntactMolecules(systems=[system])]  # fmt: skip
     simulation = Simulation(state, evaluator, integrator=integrator, guards=guards, stage="harvest")
     squeeze(simulation, density_g_cm3, after_each=lambda: recent.append(state.systems()[0]))

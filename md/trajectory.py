@@ -343,12 +343,12 @@ class ThermoSeries:
 
 def _cell_parameters(cell: Floats) -> Floats:
     """Lengths [Å] and angles [degrees] of a cell, (6,)."""
-    return np.asarray(cell_to_cellpar(cell), dtype=np.float64)  # type: ignore[no-untyped-call]
+    return np.asarray(cell_to_cellpar(cell), dtype=np.float64)
 
 
 def _cell_vectors(parameters: Floats) -> Floats:
     """Cell (3, 3) with a along x and b in the xy plane."""
-    return np.asarray(cellpar_to_cell(parameters), dtype=np.float64)  # type: ignore[no-untyped-call]
+    return np.asarray(cellpar_to_cell(parameters), dtype=np.float64)
 
 
 def _interval(time_ps: Floats, what: str) -> float:

@@ -48,7 +48,7 @@ def evaluate(
     done = 0
     for members, data in zip(
         sampler.batches(),
-        DataLoader(list(samples), batch_sampler=sampler),  # type: ignore[arg-type]
+        DataLoader(list(samples), batch_sampler=sampler),
         strict=True,
     ):
         batch, neighbors = unpack(data)

@@ -95,7 +95,7 @@ class Loop:
         self.sampler = EdgeBudgetSampler(
             [sample.edge_index.shape[1] for sample in samples], budget=config.edges_per_batch, seed=config.seed
         )
-        self.loader = DataLoader(list(samples), batch_sampler=self.sampler)  # type: ignore[arg-type]
+        self.loader = DataLoader(list(samples), batch_sampler=self.sampler)
         trained = [parameter for parameter in force_field.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.average = AveragedModel(force_field, multi_avg_fn=_moving_average(config.ema_decay))
@@ -108,7 +108,8 @@ class Loop:
     @property
     def averaged(self) -> ForceField:
         """The force field with averaged weights: the one to evaluate and to ship."""
-        module: ForceField = self.average.module
+        module = self.average.module
+        assert isinstance(module, ForceField)
         return module
 
     def learning_rate(self) -> float:

@@ -76,7 +76,8 @@ def test_exit_codes(here: Path, error: BaseException, code: int, capsys: pytest.
     assert caught.value.exit_code == code
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
-    assert isinstance(error, BambooError | KeyboardInterrupt | OSError) or "Traceback" in (here / "error.log").read_text()
+    known = isinstance(error, BambooError | KeyboardInterrupt | OSError)
+    assert known or "Traceback" in (here / "error.log").read_text()
     assert "Traceback" not in message
 
 
