@@ -17,12 +17,14 @@ from torchpme.lib import P3MKSpaceFilter, generate_kvectors_for_mesh
 from torchpme.potentials import CoulombPotential
 
 from bamboo import units
+from bamboo.errors import InputError
 
 CONTACT_LENGTH = 2.2  # Å, r0
 CONTACT_SHARPNESS = 18.7  # beta
 SPLITTING = 3.25  # alpha r_c; erfc(3.25) = 4.3e-6 is what the real-space sum leaves out at its cutoff
 MESH_SPACING = 0.6  # Å
 MESH_NODES = 5
+MAX_MESH_POINTS = 1.0e8  # a box of 139 Å; a mesh eight times as large no longer fits into a usual memory
 
 
 def damped_coulomb(charge_product: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
@@ -70,7 +72,14 @@ def reciprocal_energy(
     """Return the long-range energy [eV] of one periodic box, with self and background terms removed.
 
     charges (n,), positions (n, 3), cell (3, 3); cutoff [Å] of the real-space part, which fixes alpha.
+    Raises InputError for a box so large that its mesh would fill the memory.
     """
+    points = float((2.0 * cell.detach().norm(dim=1) / MESH_SPACING + 1.0).prod())  # before rounding up to powers of two
+    if points > MAX_MESH_POINTS:
+        raise InputError(
+            f"The periodic box with the cell {cell.tolist()} Å needs a charge mesh of {points:.0e} points, at most "
+            f"{MAX_MESH_POINTS:.0e} are possible. Use a smaller box, or pbc=False for an isolated structure."
+        )
     potential = CoulombPotential(smearing=1.0 / (math.sqrt(2.0) * splitting(cutoff)), prefactor=units.COULOMB_CONSTANT)
     mesh = P3MCalculator(potential, mesh_spacing=MESH_SPACING, interpolation_nodes=MESH_NODES).to(
         device=positions.device, dtype=positions.dtype

@@ -8,6 +8,7 @@ import torch
 from scipy.special import erfc
 
 from bamboo import units
+from bamboo.errors import InputError
 from bamboo.neighbors import find_neighbors
 from bamboo.system import Batch, System
 from bamboo.terms import electrostatics
@@ -158,3 +159,8 @@ def test_second_derivatives_of_the_mesh_in_positions_charges_and_cell():
     exact = sum((g * along).sum() for g, along in zip(curvature, second, strict=True)).item()
     assert abs(exact) > 1.0
     assert exact == pytest.approx((slope(1e-5)[0] - slope(-1e-5)[0]).item() / 2e-5, rel=1e-6)
+
+
+def test_a_box_for_a_mesh_beyond_all_memory_is_refused():
+    with pytest.raises(InputError, match="pbc=False"):
+        energy_of(np.array([1.0, -1.0]), np.array([[0.0, 0, 0], [0, 0, 3.0]]), np.eye(3) * 900.0)
