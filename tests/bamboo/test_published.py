@@ -168,7 +168,7 @@ def test_every_flipped_byte_is_survived(likeness, tmp_path):
     with zipfile.ZipFile(likeness[0]) as archive:
         program = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
     rng, outcomes = np.random.default_rng(0), set()
-    for position in rng.integers(0, len(program), 150):
+    for position in rng.integers(0, len(program), 80):
         damaged = bytearray(program)
         damaged[position] ^= int(rng.integers(1, 256))
         path = rewritten(likeness[0], tmp_path / "flipped.pt", replace={"/data.pkl": bytes(damaged)})
