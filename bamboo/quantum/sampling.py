@@ -259,7 +259,7 @@ def _pack_liquid(
                 seed=_seed(generator),
                 tolerance_A=tolerance_A,
                 conformers=library.geometries,
-                timeout_s=5.0,
+                timeout_s=60.0,
             )
         except InputError:
             continue
