@@ -6,15 +6,15 @@ experimental density, for a real electrolyte. The numbers of the README come fro
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bamboo import checkpoint
-from bamboo.errors import BambooError
+from bamboo.errors import GuardError, InputError
 from bamboo.evaluator import Evaluator
 from bamboo.structure.packing import pack_box
-from bamboo.system import System
 from bamboo.units import BAR, PICOSECOND
 from md.analysis.statistics import series_mean
 from md.composition import parse_composition, realise
@@ -51,12 +51,17 @@ class ValidationConfig:
 
 @dataclass
 class ValidationReport:
-    """Results, all in the units of their names; ``stopped`` lists guard trips, empty where all runs were sound."""
+    """Results, all in the units of their names; ``stopped`` lists guard trips, empty where all runs were sound.
+
+    Of the total energy in NVE: drift, its slope; fluctuation, the standard deviation about that slope; deviation, the
+    standard deviation about its mean.
+    """
 
     model: str
     electrolyte: str
     drift_meV_atom_ps: dict[str, float] = field(default_factory=dict)
     fluctuation_meV_atom: dict[str, float] = field(default_factory=dict)
+    deviation_meV_atom: dict[str, float] = field(default_factory=dict)
     pressure_bar: list[float] = field(default_factory=list)
     pressure_stderr_bar: list[float] = field(default_factory=list)
     density_after_npt_g_cm3: list[float] = field(default_factory=list)
@@ -72,19 +77,26 @@ def validate(
     """Run all checks and return their numbers; guard trips are recorded, not raised."""
     config = config or ValidationConfig()
     report = ValidationReport(model=model, electrolyte=config.electrolyte)
-    _conservation(model, config, report, say=say)
-    for seed in config.seeds:
+    # what the user got wrong is raised here: below, an InputError means that a box fell apart
+    checkpoint.load(model)
+    realise(parse_composition(config.electrolyte), n_atoms=config.n_atoms)
+
+    def attempt(name: str, check: Callable[[], None]) -> None:
         try:
-            _stability(model, config, seed, report=report, say=say)
-        except BambooError as error:
-            report.stopped.append(f"seed {seed}: {error}")
+            check()
+        except (GuardError, InputError) as error:
+            report.stopped.append(f"{name}: {error}")
             say(report.stopped[-1])
+
+    attempt("energy conservation", partial(measure_conservation, model, config, report, say=say))
+    for seed in config.seeds:
+        attempt(f"seed {seed}", partial(_stability, model, config, seed, report=report, say=say))
     return report
 
 
 def _prepare(
     model: str, config: ValidationConfig, seed: int, *, n_atoms: int
-) -> tuple[MDState, Evaluator, list[Guard], System]:
+) -> tuple[MDState, Evaluator, list[Guard]]:
     """Return a packed box relaxed, warmed to 298 K and brought to the estimated experimental density."""
     realised = realise(parse_composition(config.electrolyte), n_atoms=n_atoms)
     system = pack_box(realised.counts, density_g_cm3=0.85 * realised.density_g_cm3, seed=seed)
@@ -102,14 +114,14 @@ def _prepare(
     simulation = Simulation(state, evaluator, integrator=warm, guards=guards, stage="warm-up")
     squeeze(simulation, realised.density_g_cm3)
     simulation.run(1000)
-    return state, evaluator, guards, system
+    return state, evaluator, guards
 
 
-def _conservation(
+def measure_conservation(
     model: str, config: ValidationConfig, report: ValidationReport, *, say: Callable[[str], None]
 ) -> None:
     """Total energy in NVE from one start: exact forces at two timesteps, and with the charges held fixed."""
-    state, _, _, _ = _prepare(model, config, config.seeds[0], n_atoms=config.conservation_atoms)
+    state, _, _ = _prepare(model, config, config.seeds[0], n_atoms=config.conservation_atoms)
     momenta, batch = state.momenta, state.batch
     for label, response, timestep_fs in (("full 0.5 fs", "full", 0.5), ("full 0.25 fs", "full", 0.25),
                                          ("frozen 0.5 fs", "frozen", 0.5)):  # fmt: skip
@@ -126,6 +138,7 @@ def _conservation(
         slope, _ = np.polyfit(time_ps, energies, 1)
         report.drift_meV_atom_ps[label] = float(slope)
         report.fluctuation_meV_atom[label] = float(np.std(np.asarray(energies) - slope * time_ps))
+        report.deviation_meV_atom[label] = float(np.std(energies))
         fluctuation = report.fluctuation_meV_atom[label]
         say(f"NVE {label}: drift {slope:+.4f} meV/atom/ps, fluctuation {fluctuation:.4f} meV/atom")
 
@@ -134,7 +147,7 @@ def _stability(
     model: str, config: ValidationConfig, seed: int, *, report: ValidationReport, say: Callable[[str], None]
 ) -> None:
     """NVT at the experimental density for the pressure, then NPT at 298 K, then NVT at 350 K, under guards."""
-    state, evaluator, guards, _ = _prepare(model, config, seed, n_atoms=config.n_atoms)
+    state, evaluator, guards = _prepare(model, config, seed, n_atoms=config.n_atoms)
 
     def simulate(integrator: Integrator, duration_ps: float, stage: str) -> np.ndarray:
         simulation = Simulation(state, evaluator, integrator=integrator, guards=guards, stage=f"{stage}, seed {seed}")

@@ -73,6 +73,7 @@ class TrainConfig(_Block):
     start      zoo name or model file whose weights to begin from; without it, new weights
     max_force  eV/Å; frames with a larger force component are left out
     far_pairs  share of constructed frames of two clusters far apart
+    description, caveat   go into the card: what the model is for, and what it must not be used for
     """
 
     data: Annotated[list[Path], Field(min_length=1)]
@@ -85,6 +86,7 @@ class TrainConfig(_Block):
     max_force: Annotated[float, Field(gt=0)] = 20.0
     far_pairs: Annotated[float, Field(ge=0, le=1)] = 0.03
     description: str = ""
+    caveat: str = ""
 
 
 def largest_force(frame: Frame) -> float:
@@ -112,22 +114,33 @@ def label_table(frames: Sequence[Frame]) -> str:
 
 
 def _check_labels(frames: Sequence[Frame], weights: WeightsBlock) -> None:
-    """Refuse a weight that the user gave for a label that no frame has: it would be ignored silently."""
+    """Refuse energies that cannot be compared, and weights given for labels that no frame has: they would do nothing."""
+    levels = sorted({frame.labels.level for frame in frames})
+    if len(levels) > 1 and weights.energy > 0:
+        raise InputError(
+            f"The data mix levels of theory ({', '.join(levels)}), whose energies have different zeros. "
+            "Train on one level, or set weights.energy: 0."
+        )
     for name in sorted(weights.model_fields_set & {"forces", "charges", "dipole", "virial"}):
         if getattr(weights, name) > 0 and all(getattr(frame.labels, name) is None for frame in frames):
             raise InputError(f"weights.{name} > 0, but no frame has {name}. Set weights.{name}: 0 or add the label.")
 
 
-def load_frames(paths: Sequence[Path], *, max_force: float) -> list[Frame]:
-    """Return the frames of all files whose forces stay below ``max_force`` [eV/Å]."""
+def load_frames(paths: Sequence[Path], *, max_force: float, say: Callable[[str], None] = print) -> list[Frame]:
+    """Return the frames of all files whose forces stay below ``max_force`` [eV/Å]; says how many do not."""
     frames = [frame for path in paths for frame in read_frames(path)]
-    return [frame for frame in frames if not largest_force(frame) > max_force]
+    kept = [frame for frame in frames if not largest_force(frame) > max_force]
+    if len(kept) < len(frames):
+        say(f"{len(frames) - len(kept)} frames with forces above {max_force:g} eV/Å are left out, also of the test")
+    return kept
 
 
 def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceField:
     """Return the force field to train: started from a model file, or new with the D3 table and fitted references."""
     torch.manual_seed(config.seed)
     if config.start is not None:
+        if "network" in config.model_fields_set:
+            raise InputError(f"`network` has no effect where `start` gives the weights: remove one of the two.")
         force_field = checkpoint.load(config.start)
         unknown = {int(z) for frame in frames for z in frame.system.numbers} - set(
             torch.nonzero(force_field.known).flatten().tolist()
@@ -150,7 +163,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
     """
     folder = config.output.parent
     folder.mkdir(parents=True, exist_ok=True)
-    frames = load_frames(config.data, max_force=config.max_force)
+    frames = load_frames(config.data, max_force=config.max_force, say=say)
     parts: dict[str, list[Frame]] = {
         name: [f for f in frames if f.split == name] for name in ("train", "validation", "test")
     }
@@ -174,6 +187,8 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
     )
     best = _Best(loop, config.output.with_suffix(".best.safetensors"))
     log = config.output.with_suffix(".csv")
+    if loop.step == 0:
+        log.unlink(missing_ok=True)  # of an earlier training: its columns and epochs would be mixed with ours
     started = time.strftime("%Y-%m-%d")
 
     def listener(progress: Progress) -> None:
@@ -201,8 +216,9 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
 
 
 def _pooled(errors: dict[str, Errors]) -> float:
-    """Return the force RMSE over all groups but "hot" [eV/Å]."""
-    moderate = [part for group, part in errors.items() if group not in ("all", "hot")]
+    """Return the force RMSE over all groups but "hot" [eV/Å], nan where none of them has forces."""
+    parts = [part for group, part in errors.items() if group not in ("all", "hot")]
+    moderate = [part for part in parts if not math.isnan(part.forces)]
     atoms = sum(part.n_atoms for part in moderate)
     return math.sqrt(sum(part.forces**2 * part.n_atoms for part in moderate) / atoms) if atoms else math.nan
 
@@ -247,19 +263,28 @@ def error_table(errors: dict[str, Errors]) -> str:
 def _card(config: TrainConfig, frames: Sequence[Frame], errors: dict[str, Errors], date: str) -> dict[str, Any]:
     return {
         "description": config.description,
+        "caveat": config.caveat,
         "date": date,
         "levels": sorted({frame.labels.level for frame in frames}),
         "frames": dict(Counter(frame.kind for frame in frames)),
-        "settings": json.loads(config.model_dump_json(exclude={"data", "output"})),
-        "held_out_force_rmse_kcal_mol_A": _pooled(errors) / units.KCAL_PER_MOL,
-        "held_out": {group: asdict(part) for group, part in errors.items()},
+        "settings": json.loads(config.model_dump_json(exclude={"data", "output", "description", "caveat"})),
+        "held_out_force_rmse_kcal_mol_A": _number(_pooled(errors) / units.KCAL_PER_MOL),  # without "hot"
+        "held_out": {
+            group: {name: _number(value) for name, value in asdict(part).items()} for group, part in errors.items()
+        },
+        "held_out_units": "eV, Å, e; null: no such labels",
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
 
 
+def _number(value: float) -> float | None:
+    """Return None for nan, which JSON does not know."""
+    return None if math.isnan(value) else value
+
+
 def _log(path: Path, progress: Progress, errors: dict[str, Errors]) -> None:
-    """Append one row per epoch to the CSV log."""
+    """Append one row per epoch to the CSV log, under the columns of its first row."""
     row: dict[str, Any] = {
         "epoch": round(progress.epoch),
         "step": progress.step,
@@ -268,9 +293,14 @@ def _log(path: Path, progress: Progress, errors: dict[str, Errors]) -> None:
     row |= {f"train_{name}": value for name, value in sorted(progress.losses.items())}
     row |= {f"validation_forces_{group}_eV_A": part.forces for group, part in errors.items()}
     row["validation_forces_pooled_eV_A"] = _pooled(errors)
+    columns = list(row)
+    if path.exists():
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file), columns)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
+        # resumed at the end of an epoch, there are no losses to report: empty fields
+        writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -1,0 +1,51 @@
+"""The models that ship are what their cards say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bamboo import checkpoint, units
+from bamboo.evaluator import Evaluator
+from bamboo.learn.evaluate import evaluate
+from bamboo.learn.fit import held_out_group, largest_force
+from bamboo.learn.samples import make_samples
+from bamboo.quantum.dataset import read_frames
+from bamboo.structure.molecules import molecule
+from bamboo.system import Batch, System
+
+DATA = Path(__file__).parents[2] / "data" / "quantum" / "gfn2.h5"
+
+
+def test_default_is_shipped_with_a_complete_card() -> None:
+    header = checkpoint.describe("default")
+    assert set(header["elements"]) >= {"H", "Li", "C", "N", "O", "F", "P", "S"}
+    card = header["card"]
+    for entry in ("description", "levels", "frames", "held_out", "held_out_force_rmse_kcal_mol_A", "caveat"):
+        assert card[entry], entry
+    assert "over-binds" in card["caveat"]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="data/quantum/gfn2.h5 is not beside the tests")
+def test_card_states_the_held_out_force_error() -> None:
+    """A sample of held-out frames gives the RMSE on the card, within its sampling error."""
+    card = checkpoint.describe("default")["card"]
+    frames = [frame for frame in read_frames(DATA) if frame.split == "test" and held_out_group(frame) != "hot"]
+    chosen = [frames[index] for index in np.random.default_rng(0).permutation(len(frames))[:80]]
+    assert all(largest_force(frame) < 7.0 for frame in chosen)
+    force_field = checkpoint.load("default")
+    errors = evaluate(force_field, make_samples(force_field, chosen), ["sample"] * len(chosen))["sample"]
+    stated = card["held_out_force_rmse_kcal_mol_A"]
+    assert errors.forces / units.KCAL_PER_MOL == pytest.approx(stated, rel=0.35)
+
+
+def test_ions_far_apart_keep_their_charge() -> None:
+    """Li+ and PF6- 60 Å apart in one neutral cluster: the charges stay where they belong without being told."""
+    lithium, anion = molecule("Li"), molecule("PF6")
+    positions = np.concatenate([lithium.positions, anion.positions + [60.0, 0.0, 0.0]])
+    numbers = np.concatenate([lithium.numbers, anion.numbers])
+    system = System(numbers, positions, np.zeros((3, 3)), False, 0.0)
+    output = Evaluator(checkpoint.load("default", dtype=torch.float64)).evaluate(Batch.from_systems([system]))
+    assert float(output.charges[0]) == pytest.approx(1.0, abs=0.15)
+    assert float(output.charges.sum()) == pytest.approx(0.0, abs=1e-9)

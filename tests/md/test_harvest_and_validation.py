@@ -1,0 +1,75 @@
+"""The loop that finds holes, and the checks a model must pass in a liquid, in the smallest boxes that mean much."""
+
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+
+import md.harvest
+import md.validation
+from bamboo import checkpoint
+from bamboo.errors import GuardError, InputError
+from bamboo.quantum.campaign import structure_jobs
+from md.engine.simulation import Simulation
+from md.harvest import HarvestConfig, harvest
+from md.validation import ValidationConfig, ValidationReport, measure_conservation, validate
+
+
+def test_harvest_yields_structures_the_labeller_reads_and_continues(tmp_path: Path) -> None:
+    path = tmp_path / "liquid.extxyz"
+    config = HarvestConfig(n_boxes=1, n_atoms=60, snapshots=1, interval_fs=20.0, seed=2)
+    said: list[str] = []
+    written = harvest(checkpoint.load("default"), config, path, say=said.append)
+    frames = ase.io.read(path, index=":", format="extxyz")
+    assert written == len(frames) >= 1
+    for atoms in frames:
+        assert atoms.pbc.all() and abs(atoms.info["charge"]) < 1e-9
+        assert atoms.info["kind"] == "periodic" and atoms.info["sampling"] == "liquid"
+        assert 250.0 < atoms.info["temperature_K"] < 500.0
+    jobs = structure_jobs(path)
+    assert {job.kind for job in jobs} == {"periodic"} and len(jobs) == written
+    assert harvest(checkpoint.load("default"), config, path, say=said.append) == 0
+
+
+def test_exact_forces_conserve_energy_and_frozen_charges_do_not() -> None:
+    """100 fs of NVE: the fluctuation with the exact gradient falls as dt^2; with frozen charges energy leaves."""
+    config = ValidationConfig(conservation_atoms=60, conservation_ps=0.1, seeds=(1,))
+    report = ValidationReport(model="default", electrolyte=config.electrolyte)
+    measure_conservation("default", config, report, say=lambda _: None)
+    coarse, fine = report.fluctuation_meV_atom["full 0.5 fs"], report.fluctuation_meV_atom["full 0.25 fs"]
+    assert coarse / fine == pytest.approx(4.0, rel=0.35)
+    frozen = report.deviation_meV_atom["frozen 0.5 fs"]
+    assert frozen > 5.0 * report.deviation_meV_atom["full 0.5 fs"]
+    assert np.isfinite(list(report.drift_meV_atom_ps.values())).all()
+
+
+def test_run_that_stops_after_a_snapshot_keeps_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames that led to a failure are kept, but not those that are kept already as snapshots."""
+
+    class Failing(Simulation):
+        quarters = 0
+
+        def run(self, n_steps: int) -> None:
+            Failing.quarters += n_steps == 1  # the steps between snapshots; 30 and 200 lead up to them
+            if Failing.quarters == 5:
+                raise GuardError("too hot")
+
+    monkeypatch.setattr(md.harvest, "Simulation", Failing)
+    monkeypatch.setattr(md.harvest, "minimise", lambda *_, **__: None)
+    path = tmp_path / "liquid.extxyz"
+    config = HarvestConfig(n_boxes=1, n_atoms=60, snapshots=2, interval_fs=2.0, seed=2)
+    said: list[str] = []
+    assert harvest(checkpoint.load("default"), config, path, say=said.append) == 1
+    assert "too hot" in said[0] and "1 boxes could not be packed or were stopped" in said[1]
+
+
+def test_validation_records_what_stops_and_raises_what_the_user_got_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fall_apart(*_: object, **__: object) -> None:
+        raise GuardError("too hot")
+
+    monkeypatch.setattr(md.validation, "_prepare", fall_apart)
+    report = validate("default", ValidationConfig(seeds=(1, 2)), say=lambda _: None)
+    assert report.stopped == ["energy conservation: too hot", "seed 1: too hot", "seed 2: too hot"]
+    with pytest.raises(InputError, match="No model"):
+        validate("no such model", ValidationConfig(seeds=(1,)), say=lambda _: None)
