@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
+from bamboo.errors import InputError
 from bamboo.forcefield import ForceField
 from bamboo.learn.samples import EdgeBudgetSampler, unpack
 
@@ -42,7 +44,10 @@ def evaluate(
     edges_per_batch: int = 12000,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Errors]:
-    """Return the errors of each group of samples and of all ("all"); ``groups`` names the group of each sample."""
+    """Return the errors of each group of samples and of all ("all"); ``groups`` names the group of each sample.
+
+    Raises InputError where a prediction is not finite: left out, it would flatter the model.
+    """
     sampler = EdgeBudgetSampler([s.edge_index.shape[1] for s in samples], budget=edges_per_batch, seed=0, shuffle=False)
     collected: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     done = 0
@@ -53,6 +58,10 @@ def evaluate(
     ):
         batch, neighbors = unpack(data)
         output = force_field(batch, neighbors, fixed_terms=False)
+        for name in ("energy", "forces", "virial", "charges"):
+            if not bool(torch.isfinite(getattr(output, name)).all()):
+                where = f"held-out frames {members[0]} to {members[-1]}"
+                raise InputError(f"The model predicts {name} that are not finite in {where}: its weights are broken.")
         sizes = batch.atoms_per_system
         volume = np.abs(np.linalg.det(data.cell.numpy()))
         for position, index in enumerate(members):
@@ -79,11 +88,11 @@ def evaluate(
 def _summary(parts: dict[str, list[np.ndarray]]) -> Errors:
     def rms(name: str) -> float:
         values = np.concatenate(parts[name])
-        values = values[np.isfinite(values)]
+        values = values[~np.isnan(values)]  # labels that are absent
         return float(np.sqrt(np.mean(values**2))) if len(values) else float("nan")
 
     pressure = np.concatenate(parts["pressure"])
-    pressure = pressure[np.isfinite(pressure)]
+    pressure = pressure[~np.isnan(pressure)]
     return Errors(
         n_frames=len(parts["energy_per_atom"]),
         n_atoms=sum(len(values) for values in parts["charges"]),

@@ -114,7 +114,7 @@ def label_table(frames: Sequence[Frame]) -> str:
 
 
 def _check_labels(frames: Sequence[Frame], weights: WeightsBlock) -> None:
-    """Refuse energies that cannot be compared, and weights given for labels that no frame has: they would do nothing."""
+    """Refuse energies that cannot be compared, and weights for labels that no frame has: they would do nothing."""
     levels = sorted({frame.labels.level for frame in frames})
     if len(levels) > 1 and weights.energy > 0:
         raise InputError(
@@ -140,7 +140,7 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
     torch.manual_seed(config.seed)
     if config.start is not None:
         if "network" in config.model_fields_set:
-            raise InputError(f"`network` has no effect where `start` gives the weights: remove one of the two.")
+            raise InputError("`network` has no effect where `start` gives the weights: remove one of the two.")
         force_field = checkpoint.load(config.start)
         unknown = {int(z) for frame in frames for z in frame.system.numbers} - set(
             torch.nonzero(force_field.known).flatten().tolist()

@@ -77,6 +77,19 @@ def _moving_average(decay: float) -> Callable[..., None]:
     return update
 
 
+def _fingerprint(samples: Sequence[Data]) -> dict[str, float]:
+    """Return numbers that change with the data: numbers of frames, atoms and edges, mean size of labels [eV, eV/Å]."""
+    energies = torch.cat([sample.energy for sample in samples])
+    forces = torch.cat([sample.forces.flatten() for sample in samples])
+    return {
+        "frames": len(samples),
+        "atoms": sum(int(sample.num_nodes) for sample in samples),
+        "edges": sum(sample.edge_index.shape[1] for sample in samples),
+        "energy": float(energies.abs().mean()),
+        "forces": float(forces.abs().nansum() / len(forces)),
+    }
+
+
 class Loop:
     """Optimise the parameters of a force field that require a gradient."""
 
@@ -102,6 +115,7 @@ class Loop:
         self.epoch = self.step = self.step_in_epoch = 0
         # batches of different epochs hold different frames: count the first and take it as typical
         self.n_steps = config.epochs * len(self.sampler.batches())
+        self.data = _fingerprint(samples)
         if state_path is not None and state_path.exists():
             self._restore(state_path)
 
@@ -170,13 +184,13 @@ class Loop:
         output = self.force_field(batch, neighbors, fixed_terms=False, create_graph=True)
         parts = loss_parts(output, data, batch.atoms_per_system)
         loss = total_loss(parts, self.weights)
-        if not bool(torch.isfinite(loss)):
-            raise InputError(
-                f"The loss is not finite at step {self.step}: lower learning_rate, or look for broken labels "
-                "with `bamboo-md data info`."
-            )
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.force_field.parameters(), self.config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.force_field.parameters(), self.config.gradient_clip)
+        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):  # before the weights take harm
+            raise InputError(
+                f"The loss or its gradient is not finite at step {self.step}: lower learning_rate, or look for broken "
+                "labels with `bamboo-md data info`."
+            )
         self.optimizer.step()
         self.average.update_parameters(self.force_field)
         self.step += 1
@@ -189,7 +203,8 @@ class Loop:
         tensors |= {f"average/{name}": value for name, value in self.average.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
-        header = {"epoch": self.epoch, "step": self.step, "step_in_epoch": self.step_in_epoch} | self._settings()
+        header = {"epoch": self.epoch, "step": self.step, "step_in_epoch": self.step_in_epoch, "data": self.data}
+        header |= self._settings()
         unfinished = path.with_name(path.name + ".part")
         # clones: an average that was never updated shares its memory with the weights
         save_file(
@@ -216,6 +231,14 @@ class Loop:
                     f"{path}: the saved training used other settings ({', '.join(sorted(changed))}). "
                     "Restore them, or remove the file to start anew."
                 )
+        # the tolerance is for rounding, which differs from machine to machine; the oldest states do not name their data
+        theirs = header.get("data", self.data)
+        changed = {name for name in self.data if not math.isclose(theirs[name], self.data[name], rel_tol=1.0e-5)}
+        if changed:
+            raise InputError(
+                f"{path}: the saved training had other data ({', '.join(sorted(changed))}). "
+                "Restore them, or remove the file to start anew."
+            )
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

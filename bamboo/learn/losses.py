@@ -39,7 +39,8 @@ HUBER_WIDTH = {"forces": 0.1, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "vi
 def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return prediction minus label for every label that is present, scaled per sqrt(n_atoms) where it is extensive.
 
-    n_atoms (n_systems,); the values are flat tensors.
+    n_atoms (n_systems,); the values are flat tensors. Only labels are looked at for what is absent: a prediction that
+    is nan must make the loss nan.
     """
     root = n_atoms.double().sqrt()
     # the dipole of a charged cluster is compared about the same origin as its label: the difference has no origin
@@ -50,7 +51,7 @@ def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> d
         "dipole": output.dipole - data.dipole,
         "virial": (output.virial - data.virial) / root[:, None, None],
     }
-    return {name: value[~value.detach().isnan()] for name, value in differences.items()}
+    return {name: value[~data[name].isnan()] for name, value in differences.items()}
 
 
 def loss_parts(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -118,7 +118,7 @@ def unpack(data: Data) -> tuple[Batch, Neighbors]:
 
 
 def far_pairs(frames: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
-    """Return frames of two labelled clusters placed 500 Å apart, of different total charge wherever possible.
+    """Return frames of two labelled clusters placed 500 Å apart, drawn so that every total charge is equally likely.
 
     Labels add, each cluster keeps its own charges; the energy gains the Coulomb energy of the labelled charges. They
     teach the network that ions far apart keep their charge. No dipole: over 500 Å it would drown all other errors.

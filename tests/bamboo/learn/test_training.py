@@ -1,5 +1,7 @@
 """The learning stage: labels lose what the network need not learn, the loop is exact, errors mean what they say."""
 
+import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from bamboo import checkpoint, units
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldConfig
 from bamboo.learn.evaluate import evaluate
-from bamboo.learn.fit import LoopBlock, NetworkBlock, TrainConfig, WeightsBlock, train
-from bamboo.learn.loop import Loop, LoopConfig
+from bamboo.learn.fit import LoopBlock, NetworkBlock, TrainConfig, WeightsBlock, _log, _pooled, train
+from bamboo.learn.loop import Loop, LoopConfig, Progress
 from bamboo.learn.losses import LossWeights, loss_parts, total_loss
 from bamboo.learn.samples import (
     EdgeBudgetSampler,
@@ -217,6 +219,22 @@ def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
         Loop(force_field, samples, weights=LossWeights(), config=LoopConfig(), state_path=path)
 
 
+def test_resume_refuses_other_data(tmp_path: Path) -> None:
+    """The saved reference energies belong to the old labels: with other data every total energy would be wrong."""
+    path = tmp_path / "state.safetensors"
+    run_loop(path).save(path)
+    config = LoopConfig(epochs=4, edges_per_batch=60, save_seconds=0.0)
+    force_field = small_force_field()
+    fit_references(force_field, FRAMES)
+    samples = make_samples(force_field, FRAMES)
+    Loop(force_field, samples, weights=LossWeights(), config=config, state_path=path)
+    with pytest.raises(InputError, match=r"other data \(.*frames"):
+        Loop(force_field, samples[:-1], weights=LossWeights(), config=config, state_path=path)
+    samples[3].forces = 2.0 * samples[3].forces
+    with pytest.raises(InputError, match=r"other data \(forces\)"):
+        Loop(force_field, samples, weights=LossWeights(), config=config, state_path=path)
+
+
 def test_training_learns_and_writes_a_usable_model(tmp_path: Path) -> None:
     """The whole stage on springs: the held-out force error falls well below the size of the forces."""
     data = tmp_path / "springs.h5"
@@ -237,6 +255,8 @@ def test_training_learns_and_writes_a_usable_model(tmp_path: Path) -> None:
     card = checkpoint.describe(config.output)["card"]
     assert card["frames"] == {"neutral": 60, "lithium": 20} and card["levels"] == ["springs"]
     assert "lithium" in said[0]
+    assert card["held_out"]["all"]["pressure"] is None
+    json.dumps(card, allow_nan=False)
 
 
 def test_evaluate_reports_the_error_it_was_given() -> None:
@@ -282,3 +302,61 @@ def test_periodic_frames_train_with_virial() -> None:
     assert {"forces", "energy", "virial", "charges"} <= set(parts) and "dipole" not in parts
     for name in ("forces", "energy", "virial", "charges"):
         assert float(parts[name]) < 1e-18, name
+
+
+def test_predictions_that_are_not_finite_are_no_absent_labels() -> None:
+    """A nan prediction must stop training and evaluation; taken for a missing label it would flatter the model."""
+    force_field = small_force_field()
+    sample = make_sample(force_field, FRAMES[0])
+    data = Stack.from_data_list([sample])
+    batch, neighbors = unpack(data)
+    output = force_field(batch, neighbors, fixed_terms=False)
+    forces = output.forces.clone()
+    forces[1, 2] = torch.nan
+    parts = loss_parts(replace(output, forces=forces), data, batch.atoms_per_system)
+    assert torch.isnan(parts["forces"]) and "virial" not in parts
+    with torch.no_grad():
+        force_field.energy_head[-1].bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="energy that are not finite"):
+        evaluate(force_field, [sample], ["neutral"])
+
+
+def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    loop = run_loop(None)
+    bias = loop.force_field.energy_head[0].bias
+    bias.register_hook(lambda gradient: gradient * torch.nan)
+    before = bias.detach().clone()
+    with pytest.raises(InputError, match="gradient is not finite at step 0"):
+        loop.run(lambda _: None)
+    assert torch.equal(bias.detach(), before)
+
+
+def test_pooled_error_leaves_out_groups_without_forces() -> None:
+    """One group of energies alone must not turn the number by which the best model is chosen into nan."""
+    force_field = small_force_field()
+    frames = [FRAMES[0], replace(FRAMES[1], labels=replace(FRAMES[1].labels, forces=None))]
+    errors = evaluate(force_field, make_samples(force_field, frames), [frame.kind for frame in frames])
+    assert _pooled(errors) == pytest.approx(errors["neutral"].forces)
+
+
+def test_log_keeps_its_columns_when_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    for epoch, losses in ((1.0, {"loss": 0.5, "forces": 0.25}), (2.0, {})):
+        _log(path, Progress(epoch, 10, 20, 1.0e-3, losses, 0.0, True), {})
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["train_loss"] for row in rows] == ["0.5", ""]
+    assert [row["validation_forces_pooled_eV_A"] for row in rows] == ["nan", "nan"]
+
+
+def test_settings_that_cannot_work_are_refused_and_dropped_frames_are_told(tmp_path: Path) -> None:
+    frames = [replace(frame, labels=replace(frame.labels, level=f"level {k % 2}")) for k, frame in enumerate(FRAMES)]
+    write_frames(tmp_path / "frames.h5", frames)
+    config = TrainConfig(data=[tmp_path / "frames.h5"], output=tmp_path / "m.safetensors", max_force=3.0)
+    left_out = sum(float(np.linalg.norm(frame.labels.forces, axis=1).max()) > 3.0 for frame in frames)
+    said: list[str] = []
+    with pytest.raises(InputError, match="mix levels of theory"):
+        train(config, say=said.append)
+    assert 0 < left_out < len(frames) and said[0].startswith(f"{left_out} frames with forces above 3 eV/Å")
+    write_frames(tmp_path / "frames.h5", FRAMES)
+    with pytest.raises(InputError, match="`network` has no effect"):
+        train(config.model_copy(update={"start": "default", "network": NetworkBlock()}), say=said.append)
