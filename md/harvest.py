@@ -37,7 +37,7 @@ class HarvestConfig:
     """What to simulate.
 
     n_boxes       number of independent boxes
-    n_atoms       size of a box; up to ~160 atoms the boxes themselves are kept, larger ones are cut into clusters
+    n_atoms       size of a box; up to 180 atoms the boxes themselves are kept, larger ones are cut into clusters
     temperature_K, density_scale   ranges to draw from; density relative to the estimated experimental one
     snapshots, interval_fs         snapshots per box and the time between them
     clusters_per_snapshot          for boxes that are cut
@@ -74,14 +74,14 @@ def harvest(force_field: ForceField, config: HarvestConfig, path: Path, *, say: 
         written += len(structures)
         stopped += problem is not None
         say(f"box {index + 1}/{config.n_boxes}: {len(structures)} structures" + (f"; {problem}" if problem else ""))
-    say(f"{written} structures written to {path}; {stopped} of {config.n_boxes} boxes were stopped by a guard")
+    say(f"{written} structures written to {path}; {stopped} boxes could not be packed or were stopped")
     return written
 
 
 def _one_box(
     force_field: ForceField, config: HarvestConfig, generator: np.random.Generator, *, name: str
 ) -> tuple[list[ase.Atoms], str | None]:
-    """Simulate one box; return its structures and, where a guard stopped it, the first line of the reason."""
+    """Simulate one box; return its structures and, where it did not run to its end, the first line of the reason."""
     counts, density = random_liquid(generator, n_atoms=config.n_atoms, scale=config.density_scale, max_solvents=3)
     temperature_K = float(generator.uniform(*config.temperature_K))
     try:
@@ -130,6 +130,7 @@ def _snapshots(
             simulation.run(max(1, steps // 4))
             recent.append(state.systems()[0])
         yield recent[-1]
+        recent.clear()  # should the run stop now, what was yielded must not be kept twice
 
 
 def squeeze(
