@@ -128,6 +128,22 @@ def test_terms_of_a_cluster_against_numpy(make_force_field, make_cluster):
     assert float(output.terms["reference"]) == pytest.approx(field.reference_energy.numpy()[numbers].sum(), rel=1e-9)
 
 
+def test_rock_salt_through_the_whole_field(make_force_field):
+    """Ions of +-1 e on a lattice of 4 Å: the electrostatic term is Madelung's, per box and in its virial (E = c / a)."""
+    field = make_force_field("dispersion")  # its charge head is silent: the charges are those of the table
+    limit = field.config.charge_limit
+    for number, charge in ((11, 1.0), (17, -1.0)):
+        field.reference_charge[number] = limit * np.arctanh(charge / limit)
+    field.dispersion.c6.zero_()
+    primitive = 8.0 * np.array([[0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])
+    salt = System(np.array([11, 17]), np.array([[0.1, 0.2, 0.3], [4.1, 4.2, 4.3]]), primitive, pbc=True)
+    output = evaluate(field, salt)
+    madelung = -1.747564594633182 * units.COULOMB_CONSTANT / 4.0
+    assert float(output.terms["electrostatic"]) == pytest.approx(madelung, rel=2e-5)
+    assert output.charges.tolist() == pytest.approx([1.0, -1.0])
+    assert torch.allclose(output.virial[0], torch.eye(3).double() * madelung / 3, rtol=0, atol=1e-3)
+
+
 def test_charges_depend_on_the_surroundings_and_stay_bounded(make_force_field, make_cluster):
     field, cluster = make_force_field(), make_cluster(2)
     near = evaluate(field, cluster)
