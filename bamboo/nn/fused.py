@@ -1,4 +1,4 @@
-"""Edge features, messages and their first and second derivative by the native library, for training on a CPU.
+"""The network of a force field, but for its matrix products, by the native library: for training on a CPU.
 
 Training on forces differentiates twice. Plain torch writes some forty arrays of (n_edges, F) for the messages of one
 layer on the way there and back; ``source/messages.h`` keeps what belongs to an edge in registers and does the forward
@@ -11,7 +11,7 @@ The results are those of the plain torch in ``bamboo.nn.get``, which stays the d
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -64,18 +64,100 @@ def _threads(n_pairs: int) -> int:
     return max(1, min(torch.get_num_threads(), n_pairs // 1000))
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
-    """Run one function of the native library; tensors are contiguous, of one floating type that stands last."""
-    library = _library()
-    floating = [item.dtype for item in arguments if isinstance(item, Tensor) and item.is_floating_point()]
-    function = getattr(library, f"{name}_{str(floating[0]).removeprefix('torch.')}")
-    converted: list[Any] = []
-    for item in arguments:
-        if isinstance(item, Tensor):
-            converted.append(ctypes.c_void_p(item.data_ptr()))
-        else:
-            converted.append(ctypes.c_int64(item) if isinstance(item, int) else ctypes.c_double(item))
-    function(*converted)
+def _call(
+    name: str, sizes: Sequence[int], arrays: Sequence[Tensor], *, dtype: torch.dtype, settings: Sequence[float] = ()
+) -> None:
+    """Run one function of the native library on contiguous arrays; floating ones are of the given dtype."""
+    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    function(
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_double * len(settings))(*settings),
+        (ctypes.c_void_p * len(arrays))(*(array.data_ptr() for array in arrays)),
+    )
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A function of the native library that comes with its gradient, ``_backward``, and ``_second``.
+
+    With S the sum of upstream gradients times outputs, ``_backward`` is the gradient of S in the inputs, ``_second``
+    the gradient of (direction . dS/dinputs) in the upstream gradients and the inputs. Arrays are passed in the order
+    index, inputs, upstream, direction, results. outputs, shapes of the outputs.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    index: tuple[Tensor, ...] = ()
+    settings: tuple[float, ...] = ()
+
+    def run(self, which: str, given: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        arrays = [*self.index, *(tensor.contiguous() for tensor in given), *results]
+        _call(self.name + which, self.sizes, arrays, dtype=results[0].dtype, settings=self.settings)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs, twice differentiable in the inputs."""
+        outputs: tuple[Tensor, ...] = _Value.apply(self, *inputs)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class _Value(Function):
+    """inputs -> outputs of a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: _Kernel, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(inputs[0].new_empty(shape) for shape in kernel.outputs)
+        kernel.run("", inputs, outputs)
+        ctx.kernel = kernel
+        ctx.save_for_backward(*inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *_Gradient.apply(ctx.kernel, *ctx.saved_tensors, *upstream))  # type: ignore[no-untyped-call]
+
+
+class _Gradient(Function):
+    """inputs, upstream gradients -> gradient of sum upstream . outputs in the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: _Kernel, *given: Tensor) -> tuple[Tensor, ...]:
+        results = tuple(torch.empty_like(tensor) for tensor in given[: -len(kernel.outputs)])
+        kernel.run("_backward", given, results)
+        ctx.kernel = kernel
+        ctx.save_for_backward(*given)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *direction: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, given = ctx.kernel, ctx.saved_tensors
+        on_inputs = tuple(torch.empty_like(tensor) for tensor in given[: -len(kernel.outputs)])
+        on_upstream = tuple(torch.empty_like(tensor) for tensor in given[-len(kernel.outputs) :])
+        kernel.run("_second", (*given, *direction), (*on_upstream, *on_inputs))
+        return (None, *on_inputs, *on_upstream)
+
+
+# --- atoms ------------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    """Return ``norm(x)`` for rows (n, F)."""
+    sizes = (*x.shape, _threads(len(x)))
+    (result,) = _Kernel("norm", sizes, (tuple(x.shape),), settings=(norm.eps,))(x, norm.weight, norm.bias)
+    return result
+
+
+def update(out: Tensor, mixed: Tensor, *, channels: int) -> tuple[Tensor, Tensor]:
+    """Return (U1.U2) o2 + o3, (n, F), and U3 o1, (n, 3, F), from out (n, parts F) and mixed (n, 3, parts F).
+
+    parts is 3, or 2 in the last layer, where the second result is empty.
+    """
+    n_atoms, parts = len(out), out.shape[1] // channels
+    vectors = (n_atoms, 3, channels) if parts == 3 else (0,)
+    kernel = _Kernel("update", (n_atoms, channels, parts, _threads(n_atoms)), ((n_atoms, channels), vectors))
+    scalar, vector = kernel(out, mixed)
+    return scalar, vector
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -109,7 +191,8 @@ def pairs_of(edge_index: Tensor, edge_vec: Tensor, *, n_atoms: int, config: "Net
     first, found = edge_index.new_zeros(n_atoms + 1), edge_index.new_zeros(1)
     kept, other = edge_index.new_empty(n_edges), edge_index.new_empty(n_edges)
     receiver, sender = edge_index[0].contiguous(), edge_index[1].contiguous()
-    _call("pair_up", n_atoms, n_edges, receiver, sender, edge_vec.detach().contiguous(), first, other, kept, found)
+    arrays = (receiver, sender, edge_vec.detach().contiguous(), first, other, kept, found)
+    _call("pair_up", (n_atoms, n_edges), arrays, dtype=edge_vec.dtype)
     return Pairs(kept[: n_edges // 2], other[: n_edges // 2], first, config.heads) if bool(found) else None
 
 
@@ -118,58 +201,11 @@ def messages(qkv: Tensor, feature: Tensor, envelope: Tensor, direction: Tensor, 
 
     feature (n_pairs, F), envelope (n_pairs,), direction (n_pairs, 3), as seen from the receiver of the kept edge.
     """
-    scalar, vector = _Messages.apply(qkv, feature, envelope, direction, pairs)  # type: ignore[no-untyped-call]
+    n_atoms, channels = len(qkv), feature.shape[1]
+    sizes = (n_atoms, channels, channels // pairs.heads, _threads(len(pairs.other)))
+    shapes = ((n_atoms, channels), (n_atoms, 3, channels))
+    scalar, vector = _Kernel("messages", sizes, shapes, (pairs.first, pairs.other))(qkv, feature, envelope, direction)
     return scalar, vector
-
-
-def _call_messages(name: str, pairs: Pairs, qkv: Tensor, *tensors: Tensor) -> None:
-    channels = qkv.shape[1] // 3
-    sizes = (channels, channels // pairs.heads, _threads(len(pairs.other)))
-    _call(name, len(qkv), pairs.first, pairs.other, *sizes, qkv, *tensors)
-
-
-class _Messages(Function):
-    """(qkv, e, f, u) -> (m, M)."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, pairs = arguments
-        inputs = [tensor.contiguous() for tensor in tensors]
-        n_atoms, channels = len(inputs[0]), inputs[1].shape[1]
-        scalar, vector = inputs[0].new_empty(n_atoms, channels), inputs[0].new_empty(n_atoms, 3, channels)
-        _call_messages("messages", pairs, *inputs, scalar, vector)
-        ctx.pairs = pairs
-        ctx.save_for_backward(*tensors)
-        return scalar, vector
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _Gradient.apply(*upstream, *ctx.saved_tensors, ctx.pairs)  # type: ignore[no-untyped-call]
-        return (*gradient, None)
-
-
-class _Gradient(Function):
-    """(g, G, qkv, e, f, u) -> gradient of sum g.m + G.M with respect to (qkv, e, f, u)."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, pairs = arguments
-        g, vector_g, *inputs = (tensor.contiguous() for tensor in tensors)
-        gradient = tuple(torch.empty_like(tensor) for tensor in inputs)
-        _call_messages("messages_backward", pairs, *inputs, g, vector_g, *gradient)
-        ctx.pairs = pairs
-        ctx.save_for_backward(*tensors)
-        return gradient
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *along: Tensor) -> tuple[Tensor | None, ...]:
-        g, vector_g, *inputs = (tensor.contiguous() for tensor in ctx.saved_tensors)
-        on_upstream = (torch.empty_like(g), torch.empty_like(vector_g))
-        on_inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
-        directions = (tensor.contiguous() for tensor in along)
-        _call_messages("messages_second", ctx.pairs, *inputs, g, vector_g, *directions, *on_upstream, *on_inputs)
-        return (*on_upstream, *on_inputs, None)
 
 
 # --- edge features ----------------------------------------------------------------------------------------------------
@@ -196,10 +232,10 @@ class _Features(Function):
         sizes = (len(distance), len(means), _threads(len(distance)))
         inputs = [tensor.contiguous() for tensor in (distance, means, betas)]
         phi = weight.new_empty(2, len(distance), len(means))
-        _call("basis", *sizes, *settings, *inputs, phi)
+        _call("basis", sizes, (*inputs, phi), dtype=phi.dtype, settings=settings)
         z = phi @ weight.T
         both = torch.empty_like(z)
-        _call("activate", z[0].numel(), sizes[2], z, both)
+        _call("activate", (z[0].numel(), sizes[2]), (z, both), dtype=z.dtype)
         ctx.sizes, ctx.settings = sizes, settings
         ctx.save_for_backward(*inputs, weight, phi, z)
         return both[0], both[1]
@@ -209,9 +245,11 @@ class _Features(Function):
     def backward(ctx: Any, g: Tensor, g_slope: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, weight, phi, z = ctx.saved_tensors
         d_z = torch.empty_like(z)
-        _call("activate_backward", z[0].numel(), ctx.sizes[2], z, g.contiguous(), g_slope.contiguous(), d_z)
+        arrays = (z, g.contiguous(), g_slope.contiguous(), d_z)
+        _call("activate_backward", (z[0].numel(), ctx.sizes[2]), arrays, dtype=z.dtype)
         d_means, d_betas = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
-        _call("basis_backward", *ctx.sizes, *ctx.settings, *inputs, d_z @ weight, d_means, d_betas)
+        arrays = (*inputs, d_z @ weight, d_means, d_betas)
+        _call("basis_backward", ctx.sizes, arrays, dtype=z.dtype, settings=ctx.settings)
         return None, d_means, d_betas, d_z.flatten(0, 1).T @ phi.flatten(0, 1), None
 
 
@@ -241,7 +279,7 @@ class _Contract(Function):
         a, b = a.contiguous(), b.contiguous()
         result = a.new_empty(len(a))
         ctx.save_for_backward(a, b)
-        _call("contract", *a.shape, _threads(len(a)), a, b, result)
+        _call("contract", (*a.shape, _threads(len(a))), (a, b, result), dtype=a.dtype)
         return result
 
     @staticmethod
@@ -249,7 +287,7 @@ class _Contract(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
         d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-        _call("contract_backward", *a.shape, _threads(len(a)), a, b, g.contiguous(), d_a, d_b)
+        _call("contract_backward", (*a.shape, _threads(len(a))), (a, b, g.contiguous(), d_a, d_b), dtype=a.dtype)
         return d_a, d_b
 
 

@@ -118,20 +118,26 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the new scalars (n, F) and vectors (n, 3, F); the last layer returns no vectors."""
         weight, bias = (self._parts_together(tensor) for tensor in (self.qkv.weight, self.qkv.bias))
-        qkv = nn.functional.linear(self.norm(h), weight, bias)
-        scalar, vector = messages(qkv, edges, heads=self.heads, differential=self.differential)
+        y = self.norm(h) if edges.pairs is None else fused.layer_norm(h, self.norm)
+        scalar, vector = messages(
+            nn.functional.linear(y, weight, bias), edges, heads=self.heads, differential=self.differential
+        )
         if self.gate is not None:
             scalar = silu(self.gate(scalar)) + scalar
         out = self.out(scalar)
         if self.mix is None or v is None:
             return h + out, vector
-        if not self.writes_vectors:
-            u1, u2 = self.mix(v).chunk(2, dim=-1)
-            o2, o3 = out.chunk(2, dim=-1)
-            return h + (u1 * u2).sum(1) * o2 + o3, None
-        u1, u2, u3 = self.mix(v).chunk(3, dim=-1)
-        o1, o2, o3 = out.chunk(3, dim=-1)
-        return h + (u1 * u2).sum(1) * o2 + o3, v + u3 * o1[:, None, :] + vector
+        change, turn = self._update(out, self.mix(v), native=edges.pairs is not None)
+        return h + change, v + turn + vector if self.writes_vectors else None
+
+    def _update(self, out: torch.Tensor, mixed: torch.Tensor, *, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return s * o2 + o3, (n, F), and U3 * o1, (n, 3, F); the last layer has no use for the second."""
+        channels = self.norm.normalized_shape[0]
+        if native:
+            return fused.update(out, mixed, channels=channels)
+        u1, u2, *u3 = mixed.split(channels, dim=-1)
+        *o1, o2, o3 = out.split(channels, dim=-1)
+        return (u1 * u2).sum(1) * o2 + o3, u3[0] * o1[0][:, None, :] if self.writes_vectors else mixed.new_zeros(0)
 
     def _parts_together(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the rows of W_qkv, stored q | k | v within each head, as all of q, all of k, all of v."""

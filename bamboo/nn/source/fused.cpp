@@ -1,55 +1,103 @@
-// Library behind bamboo/nn/fused.py: plain C functions, each for float and double.
+// Library behind bamboo/nn/fused.py. Every function has one plain C form for float32 and one for float64: sizes, settings
+// and arrays, in the order in which the functions below take them.
 
 // Loops are vectorised: sums may be reordered, and no number here is infinite unless the input is broken.
 #pragma GCC optimize("associative-math", "no-signed-zeros", "finite-math-only")
 
+#include "atoms.h"
 #include "edges.h"
 #include "messages.h"
 #include "pairing.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
+namespace {
 
-#define PAIRS int64_t n_atoms, const int64_t *first, const int64_t *other, int64_t channels, int64_t per_head, int64_t threads
-#define THE_PAIRS (Pairs{n_atoms, first, other, int(channels), int(per_head), int(threads)})
+template <class T> struct Call {
+    const int64_t *sizes;
+    const double *settings;
+    void *const *arrays;
 
-#define INSTANTIATE(T, NAME)                                                                                           \
-    EXPORT pair_up_##NAME(int64_t n_atoms, int64_t n_edges, const int64_t *receiver, const int64_t *sender,            \
-                          const T *vec, int64_t *first, int64_t *other, int64_t *kept, int64_t *found) {               \
-        *found = pair_up(n_atoms, n_edges, receiver, sender, vec, first, other, kept);                                 \
-    }                                                                                                                  \
-    EXPORT messages_##NAME(PAIRS, const T *qkv, const T *e, const T *f, const T *u, T *m, T *M) {                      \
-        choose(THE_PAIRS, qkv, e, f, u, [&](auto messages) { messages.forward(m, M); });                               \
-    }                                                                                                                  \
-    EXPORT messages_backward_##NAME(PAIRS, const T *qkv, const T *e, const T *f, const T *u, const T *g, const T *G,   \
-                                    T *d_qkv, T *d_e, T *d_f, T *d_u) {                                                \
-        choose(THE_PAIRS, qkv, e, f, u, [&](auto messages) { messages.backward(g, G, d_qkv, d_e, d_f, d_u); });        \
-    }                                                                                                                  \
-    EXPORT messages_second_##NAME(PAIRS, const T *qkv, const T *e, const T *f, const T *u, const T *g, const T *G,     \
-                                  const T *t_qkv, const T *t_e, const T *t_f, const T *t_u, T *m_dot, T *M_dot,        \
-                                  T *d_qkv, T *d_e, T *d_f, T *d_u) {                                                  \
-        choose(THE_PAIRS, qkv, e, f, u, [&](auto messages) {                                                           \
-            messages.second(g, G, {t_qkv, t_e, t_f, t_u}, m_dot, M_dot, d_qkv, d_e, d_f, d_u);                           \
-        });                                                                                                            \
-    }                                                                                                                  \
-    EXPORT basis_##NAME(int64_t n_edges, int64_t n_radial, int64_t threads, double decay, double cutoff, const T *r,           \
-                        const T *means, const T *betas, T *phi) {                                                      \
-        Basis<T>{n_edges, int(n_radial), int(threads), decay, cutoff, r, means, betas}.forward(phi);                             \
-    }                                                                                                                  \
-    EXPORT basis_backward_##NAME(int64_t n_edges, int64_t n_radial, int64_t threads, double decay, double cutoff, const T *r,  \
-                                 const T *means, const T *betas, const T *g, T *d_means, T *d_betas) {                 \
-        Basis<T>{n_edges, int(n_radial), int(threads), decay, cutoff, r, means, betas}.backward(g, d_means, d_betas);            \
-    }                                                                                                                  \
-    EXPORT activate_##NAME(int64_t size, int64_t threads, const T *z, T *e) { activate(size, threads, z, e); }             \
-    EXPORT activate_backward_##NAME(int64_t size, int64_t threads, const T *z, const T *g, const T *g_slope, T *d_z) {     \
-        activate_backward(size, threads, z, g, g_slope, d_z);                                                          \
-    }                                                                                                                  \
-    EXPORT contract_##NAME(int64_t rows, int64_t columns, int64_t threads, const T *a, const T *b, T *out) {                   \
-        contract(rows, columns, threads, a, b, out);                                                                   \
-    }                                                                                                                  \
-    EXPORT contract_backward_##NAME(int64_t rows, int64_t columns, int64_t threads, const T *a, const T *b, const T *g,        \
-                                    T *d_a, T *d_b) {                                                                  \
-        contract_backward(rows, columns, threads, a, b, g, d_a, d_b);                                                  \
+    int64_t size(int n) const { return sizes[n]; }
+    T *operator[](int n) const { return static_cast<T *>(arrays[n]); }
+    int64_t *index(int n) const { return static_cast<int64_t *>(arrays[n]); }
+};
+
+template <class T> void pair_up(const Call<T> &a) {
+    *a.index(6) = pair_up(a.size(0), a.size(1), a.index(0), a.index(1), a[2], a.index(3), a.index(4), a.index(5));
+}
+
+template <class T, class Body> void messages_of(const Call<T> &a, Body body) {
+    const Pairs pairs{a.size(0), a.index(0), a.index(1), int(a.size(1)), int(a.size(2)), int(a.size(3))};
+    if (pairs.channels == 64 && pairs.per_head == 4)
+        body(Messages<T, 64, 4>{pairs, a[2], a[3], a[4], a[5]});
+    else
+        body(Messages<T, 0, 0>{pairs, a[2], a[3], a[4], a[5]});
+}
+template <class T> void messages(const Call<T> &a) {
+    messages_of(a, [&](const auto &messages) { messages.forward(a[6], a[7]); });
+}
+template <class T> void messages_backward(const Call<T> &a) {
+    messages_of(a, [&](const auto &messages) { messages.backward(a[6], a[7], a[8], a[9], a[10], a[11]); });
+}
+template <class T> void messages_second(const Call<T> &a) {
+    messages_of(a, [&](const auto &messages) {
+        messages.second(a[6], a[7], {a[8], a[9], a[10], a[11]}, a[12], a[13], a[14], a[15], a[16], a[17]);
+    });
+}
+
+template <class T> Norm<T> norm_of(const Call<T> &a) {
+    return {a.size(0), int(a.size(1)), int(a.size(2)), a.settings[0], a[0], a[1], a[2]};
+}
+template <class T> void norm(const Call<T> &a) { norm_of(a).forward(a[3]); }
+template <class T> void norm_backward(const Call<T> &a) { norm_of(a).backward(a[3], a[4], a[5], a[6]); }
+template <class T> void norm_second(const Call<T> &a) {
+    norm_of(a).second(a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
+}
+
+template <class T> Update<T> update_of(const Call<T> &a) {
+    return {a.size(0), int(a.size(1)), int(a.size(2)), int(a.size(3)), a[0], a[1]};
+}
+template <class T> void update(const Call<T> &a) { update_of(a).forward(a[2], a[3]); }
+template <class T> void update_backward(const Call<T> &a) { update_of(a).backward(a[2], a[3], a[4], a[5]); }
+template <class T> void update_second(const Call<T> &a) {
+    update_of(a).second(a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]);
+}
+
+template <class T> Basis<T> basis_of(const Call<T> &a) {
+    return {a.size(0), int(a.size(1)), int(a.size(2)), a.settings[0], a.settings[1], a[0], a[1], a[2]};
+}
+template <class T> void basis(const Call<T> &a) { basis_of(a).forward(a[3]); }
+template <class T> void basis_backward(const Call<T> &a) { basis_of(a).backward(a[3], a[4], a[5]); }
+template <class T> void activate(const Call<T> &a) { activate(a.size(0), a.size(1), a[0], a[1]); }
+template <class T> void activate_backward(const Call<T> &a) {
+    activate_backward(a.size(0), a.size(1), a[0], a[1], a[2], a[3]);
+}
+template <class T> void contract(const Call<T> &a) { contract(a.size(0), a.size(1), a.size(2), a[0], a[1], a[2]); }
+template <class T> void contract_backward(const Call<T> &a) {
+    contract_backward(a.size(0), a.size(1), a.size(2), a[0], a[1], a[2], a[3], a[4]);
+}
+
+}  // namespace
+
+#define C_FUNCTION(NAME, TYPE, T)                                                                                      \
+    extern "C" __attribute__((visibility("default"))) void NAME##_##TYPE(const int64_t *sizes, const double *settings, \
+                                                                         void *const *arrays) {                        \
+        NAME(Call<T>{sizes, settings, arrays});                                                                        \
     }
+#define EXPORT(NAME) C_FUNCTION(NAME, float32, float) C_FUNCTION(NAME, float64, double)
 
-INSTANTIATE(float, float32)
-INSTANTIATE(double, float64)
+EXPORT(pair_up)
+EXPORT(messages)
+EXPORT(messages_backward)
+EXPORT(messages_second)
+EXPORT(norm)
+EXPORT(norm_backward)
+EXPORT(norm_second)
+EXPORT(update)
+EXPORT(update_backward)
+EXPORT(update_second)
+EXPORT(basis)
+EXPORT(basis_backward)
+EXPORT(activate)
+EXPORT(activate_backward)
+EXPORT(contract)
+EXPORT(contract_backward)

@@ -294,12 +294,4 @@ template <class T, int F, int D> struct Messages {
     }
 };
 
-template <class T, class Call>
-void choose(const Pairs &pairs, const T *qkv, const T *e, const T *f, const T *u, Call call) {
-    if (pairs.channels == 64 && pairs.per_head == 4)
-        call(Messages<T, 64, 4>{pairs, qkv, e, f, u});
-    else
-        call(Messages<T, 0, 0>{pairs, qkv, e, f, u});
-}
-
 }  // namespace

@@ -126,6 +126,42 @@ def test_large_logits_do_not_overflow():
     assert all(torch.isfinite(tensor).all() for tensor in evaluate(tensors, pairs, native=True))
 
 
+@native
+@pytest.mark.parametrize("rows", [1, 7])
+def test_native_layer_norm_equals_torch(rows):
+    generator = torch.Generator().manual_seed(12)
+    norm = torch.nn.LayerNorm(8).double()
+    x, gamma, beta = (torch.randn(shape, generator=generator).double() for shape in [(rows, 8), (8,), (8,)])
+    x[0] = 0.1 + 1e-3 * x[0]  # epsilon matters where the numbers of a row are close
+
+    def derivatives(evaluate):
+        norm.weight.data, norm.bias.data = gamma, beta
+        inputs = [x.clone().requires_grad_(), norm.weight, norm.bias]
+        y = evaluate(inputs[0])
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(tensor.cos().sum() for tensor in first), inputs)]
+
+    assert largest_deviation(derivatives(lambda x: fused.layer_norm(x, norm)), derivatives(norm)) < 1e-11
+
+
+@native
+@pytest.mark.parametrize("parts", [2, 3])
+def test_native_update_passes_gradcheck_and_gradgradcheck(parts):
+    generator = torch.Generator().manual_seed(13)
+    out, mixed = (torch.randn(shape, generator=generator).double() for shape in [(3, parts * 2), (3, 3, parts * 2)])
+    inputs = (out.requires_grad_(), mixed.requires_grad_())
+
+    def used(out: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return fused.update(out, mixed, channels=2)[: parts - 1]
+
+    u1, u2, *u3 = mixed.split(2, dim=-1)
+    *o1, o2, o3 = out.split(2, dim=-1)
+    expected = [(u1 * u2).sum(1) * o2 + o3, *(u * o[:, None] for u, o in zip(u3, o1, strict=True))]
+    assert largest_deviation(list(used(*inputs)), expected) < 1e-14
+    assert torch.autograd.gradcheck(used, inputs)
+    assert torch.autograd.gradgradcheck(used, inputs)
+
+
 def network_derivatives(attention: str = "get") -> list[torch.Tensor]:
     """Return a network's output, its gradient in the positions, and the gradient of a loss on both in everything."""
     torch.manual_seed(9)
