@@ -70,6 +70,13 @@ def test_sudden_changes_are_noticed(field, make_box, make_cluster, engine):
     evaluator = Evaluator(field, skin=1.0, engine=engine)
     larger = System(box.numbers, box.positions, box.cell * 1.3, pbc=True)
     swapped = System(box.numbers[::-1].copy(), box.positions, box.cell, pbc=True)
+    three, five = (
+        System(np.full(n, 8), 2.5 * np.arange(3.0 * n).reshape(n, 3) % 7.0, np.zeros((3, 3)), pbc=False) for n in (3, 5)
+    )
+    for systems in ([three, five], [five, three]):  # the same atoms, dealt out differently
+        batch = Batch.from_systems(systems)
+        batch.positions[:] = torch.arange(24.0).view(8, 3) * 1.3 % 5.0
+        same(evaluator.evaluate(batch), Evaluator(field, skin=0.0, engine=engine).evaluate(batch))
     for systems in ([box], [make_box(2)], [larger], [box], [swapped], [cluster], [box, cluster], [cluster, box], [box]):
         batch = Batch.from_systems(systems)
         same(evaluator.evaluate(batch), Evaluator(field, skin=0.0, engine=engine).evaluate(batch), tolerance=2e-6)

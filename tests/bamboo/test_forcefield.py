@@ -129,7 +129,7 @@ def test_terms_of_a_cluster_against_numpy(make_force_field, make_cluster):
 
 
 def test_rock_salt_through_the_whole_field(make_force_field):
-    """Ions of +-1 e on a lattice of 4 Å: the electrostatic term is Madelung's, per box and in its virial (E = c / a)."""
+    """Ions of +-1 e on a lattice of 4 Å: the electrostatic term is Madelung's, in energy and virial (E = c / a)."""
     field = make_force_field("dispersion")  # its charge head is silent: the charges are those of the table
     limit = field.config.charge_limit
     for number, charge in ((11, 1.0), (17, -1.0)):
