@@ -1,9 +1,10 @@
 """A whole run on a tiny box with a toy force field: files, resume after a kill, refusals, honest reports."""
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from io import StringIO
@@ -244,23 +245,22 @@ def test_harmless_and_physical_changes_are_told_apart(tmp_path: Path) -> None:
     assert changed("seed: 3", "seed: 4") == ["build.seed: 3 -> 4"]
 
 
-def slow_run(path: Path, folder: Path) -> None:
+def slow_run(path: str, folder: str) -> None:
     torch.set_num_threads(1)
-    run_quietly(load_config(path), folder, model=toy_model(delay=0.01))
+    run_quietly(load_config(Path(path)), Path(folder), model=toy_model(delay=0.01))
 
 
 def test_a_killed_run_continues_to_the_same_end(tmp_path: Path) -> None:
     """After kill -9 in the middle of a stage the same call ends where an uninterrupted run ends, bit for bit."""
     text = CONFIG.replace("every: 1000 s", "every: 0.2 s")
     path = write_config(tmp_path, text)
-    process = multiprocessing.get_context("spawn").Process(target=slow_run, args=(path, tmp_path / "killed"))
-    process.start()
-    deadline = time.monotonic() + 60.0
+    child = "import runpy, sys; runpy.run_path(sys.argv[1])['slow_run'](*sys.argv[2:])"
+    process = subprocess.Popen([sys.executable, "-c", child, __file__, str(path), str(tmp_path / "killed")])
     series = tmp_path / "killed/stages/03-npt/thermo.csv"
-    while time.monotonic() < deadline and not (series.exists() and len(series.read_text().splitlines()) > 5):
+    while process.poll() is None and not (series.exists() and len(series.read_text().splitlines()) > 5):
         time.sleep(0.01)
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     path = write_config(tmp_path)
     output = run_quietly(load_config(path), tmp_path / "killed")
     assert "01-minimise" not in output.split("packed")[-1] and "continued at" in output
