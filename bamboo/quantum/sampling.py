@@ -160,21 +160,24 @@ def sample_scan(generator: np.random.Generator, library: Library, outcome: Outco
 def sample_distorted(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
     """Single molecules with strong random distortions, 0.08-0.15 Å per atom: the walls of bonds and angles."""
     name = str(generator.choice([n for n in library.names if molecule(n).n_atoms > 1]))
-    member = molecule(name)
     for _ in range(16):
         positions = library.draw(name, generator)
         # rms displacement of an atom, not of a coordinate
         width = generator.uniform(0.08, 0.15) / np.sqrt(3.0)
         positions = positions + generator.normal(scale=width, size=positions.shape)
-        system = System(
-            member.numbers,
-            positions,
-            np.zeros((3, 3)),
-            False,
-            float(member.charge),
-            np.zeros(member.n_atoms, dtype=np.int64),
-        )
-        _label_into(outcome, system, kind=kind_of((name,)), sampling="distorted")
+        _label_into(outcome, _single(name, positions), kind=kind_of((name,)), sampling="distorted")
+
+
+def sample_isolated(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
+    """Every molecule and ion alone: what far-apart fragments must become; a bare Li+ carries exactly 1 e."""
+    for name in library.names:
+        _label_into(outcome, _single(name, library.draw(name, generator)), kind=kind_of((name,)), sampling="distorted")
+
+
+def _single(name: str, positions: NDArray[np.float64]) -> System:
+    member = molecule(name)
+    alone = np.zeros(member.n_atoms, dtype=np.int64)
+    return System(member.numbers, positions, np.zeros((3, 3)), False, float(member.charge), alone)
 
 
 def sample_large(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
@@ -231,6 +234,7 @@ RECIPES: dict[str, Callable[[np.random.Generator, Library, Outcome], None]] = {
     "compressed": sample_compressed,
     "scan": sample_scan,
     "distorted": sample_distorted,
+    "isolated": sample_isolated,
     "large": sample_large,
     "periodic": sample_periodic,
 }

@@ -145,6 +145,15 @@ def test_every_other_recipe_runs(library, monkeypatch):
     assert len(distorted.frames) == 16
 
 
+def test_isolated_ions_carry_their_formal_charge(library):
+    outcome = sampling.Outcome("test")
+    sampling.sample_isolated(np.random.default_rng(0), library, outcome)
+    assert [frame.system.n_atoms for frame in outcome.frames] == [molecule(name).n_atoms for name in library.names]
+    for frame, name in zip(outcome.frames, library.names, strict=True):
+        assert frame.labels.charges.sum() == pytest.approx(molecule(name).charge, abs=1e-6)
+    assert {1.0} <= {frame.system.total_charge for frame in outcome.frames if frame.system.n_atoms == 1}
+
+
 def test_unconverged_structures_are_counted_not_kept(library, monkeypatch):
     def fail(_):
         raise UnconvergedError("no")
