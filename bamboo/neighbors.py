@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vesin import NeighborList as _Vesin
 
 from bamboo.errors import InputError
@@ -67,18 +68,24 @@ def check_geometry(batch: Batch) -> None:
         raise InputError(f"A periodic box needs three independent cell vectors, got\n{batch.cell[batch.pbc].tolist()}")
 
 
+def check_density(n_atoms: int, cell: NDArray[np.float64], cutoff: float) -> None:
+    """Raise InputError if a periodic box is so dense that its list of pairs would fill the memory."""
+    density = n_atoms / abs(np.linalg.det(cell))
+    if density * 4.2 * cutoff**3 > MAX_NEIGHBORS_PER_ATOM:
+        raise InputError(
+            f"The box holds {density:.2f} atoms/Å^3 (a liquid has about 0.1): "
+            "check its cell vectors and the number of atoms."
+        )
+
+
 def find_pairs(batch: Batch, cutoff: float, *, full: bool) -> Pairs:
     """Return all pairs closer than the cutoff [Å] within each system, sorted by i."""
     positions, cells = batch.positions.detach().cpu().numpy(), batch.cell.detach().cpu().numpy()
     start, found_index, found_shift = 0, [], []
     for size, cell, periodic in zip(batch.atoms_per_system.tolist(), cells, batch.pbc.tolist(), strict=True):
         local = positions[start : start + size]
-        density = size / abs(np.linalg.det(cell)) if periodic else 0.0
-        if density * 4.2 * cutoff**3 > MAX_NEIGHBORS_PER_ATOM:
-            raise InputError(
-                f"The box holds {density:.2f} atoms/Å^3 (a liquid has about 0.1): "
-                "check its cell vectors and the number of atoms."
-            )
+        if periodic:
+            check_density(size, cell, cutoff)
         i, j, shift = _Vesin(cutoff=cutoff, full_list=full).compute(
             points=local, box=cell, periodic=periodic, quantities="ijS"
         )

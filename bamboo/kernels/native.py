@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from bamboo import units
 from bamboo.elements import COVALENT_RADII
-from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldOutput
 from bamboo.kernels.mesh import MeshPlan
-from bamboo.neighbors import MAX_NEIGHBORS_PER_ATOM
+from bamboo.neighbors import check_density
 from bamboo.nn.radial import cosine_envelope
 from bamboo.system import Batch
 from bamboo.terms import electrostatics, repulsion
@@ -30,7 +29,7 @@ from bamboo.terms.dispersion import ROWS, Dispersion
 
 TERMS = ("network", "electrostatic", "electronegativity", "dispersion", "repulsion")
 # intervals and degree of the polynomial tables: error below 1e-7 (float32) and 1e-12 (float64) of the largest value
-FEATURE_TABLE = {torch.float32: (512, 3), torch.float64: (256, 9)}
+FEATURE_TABLE = {torch.float32: (256, 4), torch.float64: (256, 9)}
 COULOMB_TABLE = (1024, 5)
 
 
@@ -214,8 +213,9 @@ class NativeEngine:
         self._systems: list[_System] = []
 
     def _fingerprint(self) -> list[tuple[int, int]]:
-        """Return what changes when a parameter is changed in place or replaced."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self.force_field.parameters()]
+        """Return what changes when a tensor of the model is changed in place or replaced."""
+        tensors = (*self.force_field.parameters(), *self.force_field.buffers())
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
     def reset(self) -> None:
         """Forget lists and meshes."""
@@ -230,16 +230,10 @@ class NativeEngine:
         self._skin = skin
         reach = max(self.force_field.config.network.cutoff, self.force_field.config.dispersion.cutoff) + skin
         for system, part in zip(self._systems, _split(batch), strict=True):
-            _check_finite(part)
             system.tail = system.reference = 0.0
             numbers = torch.from_numpy(part.numbers)
             if part.pbc:
-                volume = abs(float(np.linalg.det(part.cell)))
-                if len(part.numbers) / volume * 4.2 * reach**3 > MAX_NEIGHBORS_PER_ATOM:
-                    raise InputError(
-                        f"The box holds {len(part.numbers) / volume:.2f} atoms/Å^3 (a liquid has about 0.1): "
-                        "check its cell vectors and the number of atoms."
-                    )
+                check_density(len(part.numbers), part.cell, reach)
                 one = torch.ones((), dtype=torch.float64)
                 system.tail = float(self.force_field.dispersion.tail_energy(numbers, one))
             system.reference = float(self.force_field.reference_energy[numbers].sum())
@@ -346,8 +340,3 @@ def _split(batch: Batch) -> list[_Part]:
             bounds[:-1], bounds[1:], cells, batch.pbc.tolist(), batch.total_charge.tolist(), strict=True
         )
     ]
-
-
-def _check_finite(part: _Part) -> None:
-    if not (np.isfinite(part.positions).all() and np.isfinite(part.cell).all()):
-        raise InputError("Positions or cell are not finite numbers: the simulation or the structure is broken.")

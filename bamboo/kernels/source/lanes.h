@@ -53,17 +53,33 @@ struct Lanes {
         }
     }
 
+    static constexpr real inverse_factorial(int k) { return k < 2 ? real(1) : inverse_factorial(k - 1) / real(k); }
+
     // e^x, relative error of a few units in the last place: x = n ln 2 + r, Taylor series in r, 2^n from the bits of n
     static BAMBOO_INLINE vector exponential(vector x) {
         constexpr real limit = Bits<real>::largest_exponent, magic = Bits<real>::round_magic;
+        constexpr int degree = Bits<real>::exponential_degree;
         x = x < limit ? x : all(limit);
         x = x > -limit ? x : all(-limit);
         const vector shifted = x * real(1.44269504088896340736) + magic;
         const vector n = shifted - magic;
         const vector r = (x - n * Bits<real>::ln2_high) - n * Bits<real>::ln2_low;
-        vector series = all(1);
-        for (int k = Bits<real>::exponential_degree; k > 0; --k) series = series * r * (real(1) / real(k)) + real(1);
+        const vector r2 = r * r;  // even and odd powers apart: half as long a chain of dependent operations
+        vector even = all(inverse_factorial(degree - 1)), odd = all(inverse_factorial(degree));
+        for (int k = degree - 2; k > 0; k -= 2) {
+            odd = odd * r2 + inverse_factorial(k);
+            even = even * r2 + inverse_factorial(k - 1);
+        }
+        const vector series = odd * r + even;
         return (vector)((integers)series + ((integers)shifted << Bits<real>::mantissa));  // casts keep the bits
+    }
+
+    // sin y for y in [0, pi / 2], Taylor series
+    static BAMBOO_INLINE vector sine(vector y) {
+        const vector y2 = y * y;
+        vector series = all(inverse_factorial(19));
+        for (int k = 17; k > 0; k -= 2) series = inverse_factorial(k) - series * y2;
+        return series * y;
     }
 
     static BAMBOO_INLINE vector sigmoid(vector x) { return real(1) / (real(1) + exponential(-x)); }

@@ -55,7 +55,13 @@ class Neighborhood {
     void place(int32_t n, const double* positions, Cell cell, bool periodic, double reach);
     void sort_images();
     void search(double edge_reach, double dispersion_reach, int threads);
+    void append(int32_t at, int32_t begin, int32_t end, double reach, std::vector<double>& square,
+                std::vector<int32_t>& to) const;
 
+    struct Found {  // by one thread
+        std::vector<int32_t> edges, dispersion;
+        std::vector<double> square;
+    };
     struct Image {
         int32_t bin, atom;
         std::array<int32_t, 3> shift;  // relative to the wrapped position
@@ -65,10 +71,10 @@ class Neighborhood {
     std::vector<std::array<int32_t, 3>> wrap_;
     Cell cell_;
     std::array<int32_t, 3> inner_, border_, bins_;  // bins within the cell, beyond each face, in all
-    std::array<int32_t, 3> range_;                  // bins that the longest list reaches
+    std::array<double, 3> bins_per_length_;         // perpendicular to the faces
     std::vector<int32_t> bin_start_;
     std::vector<double> x_, y_, z_;
-    std::vector<int32_t> rank_;  // a half list keeps pairs i < rank of the image
+    std::vector<Found> found_;
 };
 
 inline void Neighborhood::build(int32_t n, const double* positions, const Cell& cell, bool periodic, double edge_reach,
@@ -106,8 +112,8 @@ inline void Neighborhood::place(int32_t n, const double* positions, Cell cell, b
     }
     std::array<int32_t, 3> copies;
     for (int d = 0; d < 3; ++d) {
-        range_[d] = int32_t(std::ceil(margin[d] * inner_[d]));
-        border_[d] = periodic ? range_[d] : 0;
+        bins_per_length_[d] = margin[d] / reach * inner_[d];
+        border_[d] = periodic ? int32_t(std::ceil(margin[d] * inner_[d])) : 0;
         copies[d] = periodic ? int32_t(std::ceil(margin[d])) : 0;
         bins_[d] = inner_[d] + 2 * border_[d];
     }
@@ -131,10 +137,10 @@ inline void Neighborhood::place(int32_t n, const double* positions, Cell cell, b
         }
         std::array<int32_t, 3> s;
         auto bin_along = [&](int d) {
-            const int32_t bin = int32_t(std::floor((fraction[d] + s[d]) * inner_[d])) + border_[d];
-            return std::clamp(bin, 0, bins_[d] - 1);
+            const int32_t inside = std::clamp(int32_t(fraction[d] * inner_[d]), 0, inner_[d] - 1);
+            return std::clamp(inside + s[d] * inner_[d] + border_[d], 0, bins_[d] - 1);
         };
-        auto far = [&](int d) { return periodic && (fraction[d] + s[d] < -margin[d] || fraction[d] + s[d] > 1 + margin[d]); };
+        auto far = [&](int d) { return periodic && std::abs(fraction[d] + s[d] - 0.5) > 0.5 + margin[d]; };
         for (s[0] = -copies[0]; s[0] <= copies[0]; ++s[0]) {
             if (far(0)) continue;
             for (s[1] = -copies[1]; s[1] <= copies[1]; ++s[1]) {
@@ -177,7 +183,6 @@ inline void Neighborhood::sort_images() {
     x_.resize(count);
     y_.resize(count);
     z_.resize(count);
-    rank_.resize(count);
     home.resize(n);
     for (const Image& image : images_) {
         const int32_t at = next[image.bin]++, atom = image.atom;
@@ -190,69 +195,87 @@ inline void Neighborhood::sort_images() {
         x_[at] = r[0];
         y_[at] = r[1];
         z_[at] = r[2];
-        const std::array<int32_t, 3> none = {0, 0, 0};
-        rank_[at] = image.shift > none ? INT32_MAX : image.shift == none ? internal[atom] : -1;
-        if (image.shift == none) home[internal[atom]] = at;
+        if (image.shift == std::array<int32_t, 3>{0, 0, 0}) home[internal[atom]] = at;
     }
 }
 
+// Images are sorted by bin, the third direction innermost: the bins of one column within reach are one run of images.
 inline void Neighborhood::search(double edge_reach, double dispersion_reach, int threads) {
     const int32_t n = int32_t(order.size());
-    const double edge_square = edge_reach * edge_reach, dispersion_square = dispersion_reach * dispersion_reach;
+    std::array<int32_t, 3> edge_range, dispersion_range;
+    for (int d = 0; d < 3; ++d) {
+        edge_range[d] = int32_t(std::ceil(edge_reach * bins_per_length_[d]));
+        dispersion_range[d] = int32_t(std::ceil(dispersion_reach * bins_per_length_[d]));
+    }
     for (List* list : {&edges, &dispersion}) list->start.assign(n + 1, 0);
-    std::vector<std::vector<int32_t>> found_edges(threads), found_dispersion(threads);
+    found_.resize(threads);
     auto first_row = [&](int thread) { return int32_t(int64_t(n) * thread / threads); };
-    // each thread searches for a contiguous range of atoms
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
-        std::vector<int32_t>&near = found_edges[thread], &half = found_dispersion[thread];
-        std::vector<double> square;
+    for (int thread = 0; thread < threads; ++thread) {  // each searches for a contiguous range of atoms
+        Found& found = found_[thread];
+        found.edges.clear();
+        found.dispersion.clear();
         for (int32_t i = first_row(thread); i < first_row(thread + 1); ++i) {
-            const int32_t home_i = home[i];
-            const double x = x_[home_i], y = y_[home_i], z = z_[home_i];
-            const int32_t bin = int32_t(std::upper_bound(bin_start_.begin(), bin_start_.end(), home_i) - bin_start_.begin()) - 1;
+            const int32_t at = home[i];
+            const int32_t bin = int32_t(std::upper_bound(bin_start_.begin(), bin_start_.end(), at) - bin_start_.begin()) - 1;
             const int32_t a = bin / (bins_[1] * bins_[2]), b = bin / bins_[2] % bins_[1], c = bin % bins_[2];
-            const std::array<int32_t, 3> at = {a, b, c};
-            std::array<int32_t, 3> low, high;
-            for (int d = 0; d < 3; ++d) {
-                low[d] = std::max(at[d] - range_[d], 0);
-                high[d] = std::min(at[d] + range_[d], bins_[d] - 1);
-            }
-            const size_t edges_before = near.size(), dispersion_before = half.size();
-            for (int32_t p = low[0]; p <= high[0]; ++p)
-                for (int32_t q = low[1]; q <= high[1]; ++q) {
-                    const int32_t column = (p * bins_[1] + q) * bins_[2];
-                    const int32_t begin = bin_start_[column + low[2]], count = bin_start_[column + high[2] + 1] - begin;
-                    if (count <= 0) continue;
-                    if (square.size() < size_t(count)) square.resize(2 * count);
-                    for (int32_t k = 0; k < count; ++k) {
-                        const double dx = x_[begin + k] - x, dy = y_[begin + k] - y, dz = z_[begin + k] - z;
-                        square[k] = dx * dx + dy * dy + dz * dz;
+            auto visit = [&](const std::array<int32_t, 3>& range, auto action) {
+                const int32_t low = std::max(c - range[2], 0), high = std::min(c + range[2], bins_[2] - 1);
+                for (int32_t p = std::max(a - range[0], 0); p <= std::min(a + range[0], bins_[0] - 1); ++p)
+                    for (int32_t q = std::max(b - range[1], 0); q <= std::min(b + range[1], bins_[1] - 1); ++q) {
+                        const int32_t column = (p * bins_[1] + q) * bins_[2];
+                        action(bin_start_[column + low], bin_start_[column + high + 1]);
                     }
-                    const size_t near_size = near.size(), half_size = half.size();
-                    near.resize(near_size + count);
-                    half.resize(half_size + count);
-                    int32_t *to_near = near.data() + near_size, *to_half = half.data() + half_size;
-                    for (int32_t k = 0; k < count; ++k) {  // append without branching
-                        *to_near = *to_half = begin + k;
-                        to_near += (square[k] < edge_square) & (begin + k != home_i);
-                        to_half += (square[k] < dispersion_square) & (i < rank_[begin + k]);
-                    }
-                    near.resize(to_near - near.data());
-                    half.resize(to_half - half.data());
-                }
-            edges.start[i + 1] = int64_t(near.size() - edges_before);
-            dispersion.start[i + 1] = int64_t(half.size() - dispersion_before);
+            };
+            const size_t edges_before = found.edges.size(), dispersion_before = found.dispersion.size();
+            visit(edge_range, [&](int32_t begin, int32_t end) {
+                const bool own = begin <= at && at < end;
+                append(at, begin, own ? at : end, edge_reach, found.square, found.edges);
+                if (own) append(at, at + 1, end, edge_reach, found.square, found.edges);
+            });
+            // each pair once: with the atom whose image comes first; the order is the same seen from any image
+            visit(dispersion_range, [&](int32_t begin, int32_t end) {
+                append(at, std::max(begin, at + 1), end, dispersion_reach, found.square, found.dispersion);
+            });
+            edges.start[i + 1] = int64_t(found.edges.size() - edges_before);
+            dispersion.start[i + 1] = int64_t(found.dispersion.size() - dispersion_before);
         }
     }
-    auto gather = [&](List& list, const std::vector<std::vector<int32_t>>& found) {
-        std::partial_sum(list.start.begin(), list.start.end(), list.start.begin());
-        list.image.resize(size_t(list.start[n]));
-        for (int thread = 0; thread < threads; ++thread)
-            std::copy(found[thread].begin(), found[thread].end(), list.image.begin() + list.start[first_row(thread)]);
-    };
-    gather(edges, found_edges);
-    gather(dispersion, found_dispersion);
+    for (List* list : {&edges, &dispersion}) {
+        std::partial_sum(list->start.begin(), list->start.end(), list->start.begin());
+        list->image.resize(size_t(list->start[n]));
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        const Found& found = found_[thread];
+        const int32_t row = first_row(thread);
+        std::copy(found.edges.begin(), found.edges.end(), edges.image.begin() + edges.start[row]);
+        std::copy(found.dispersion.begin(), found.dispersion.end(), dispersion.image.begin() + dispersion.start[row]);
+    }
+}
+
+// Append the images begin <= k < end that are within reach of image `at`.
+inline void Neighborhood::append(int32_t at, int32_t begin, int32_t end, double reach, std::vector<double>& square,
+                                 std::vector<int32_t>& to) const {
+    const int32_t count = end - begin;
+    if (count <= 0) return;
+    if (square.size() < size_t(count)) square.resize(2 * size_t(count));
+    const double x = x_[at], y = y_[at], z = z_[at], limit = reach * reach;
+    const double *xs = x_.data() + begin, *ys = y_.data() + begin, *zs = z_.data() + begin;
+    double* squares = square.data();
+    for (int32_t k = 0; k < count; ++k) {
+        const double dx = xs[k] - x, dy = ys[k] - y, dz = zs[k] - z;
+        squares[k] = dx * dx + dy * dy + dz * dz;
+    }
+    const size_t before = to.size();
+    if (to.capacity() < before + count) to.reserve(2 * (before + count));
+    to.resize(before + count);
+    int32_t *next = to.data() + before, *const first = next;
+    for (int32_t k = 0; k < count; ++k) {
+        *next = begin + k;
+        next += squares[k] < limit;
+    }
+    to.resize(before + (next - first));
 }
 
 }  // namespace bamboo

@@ -29,6 +29,7 @@ class Mesh {
     double volume() const { return volume_; }
 
   private:
+    using V = Lanes<double, ORDER>;
     struct Site {
         int32_t first[3];  // lowest node of the stencil, before wrapping
         double weight[3][ORDER], slope[3][ORDER];
@@ -87,15 +88,17 @@ inline void Mesh::spread(const double* charges, double* nodes, int threads) cons
         std::fill(nodes + begin * plane, nodes + end * plane, 0.0);
         for (int32_t i = 0; i < n_; ++i) {
             const Site& site = sites_[i];
-            int32_t column[ORDER];
-            for (int c = 0; c < ORDER; ++c) column[c] = wrapped(site.first[2] + c, size[2]);
+            const V::vector weight = V::load(site.weight[2]);
+            const int32_t first = wrapped(site.first[2], size[2]);
             for (int a = 0; a < ORDER; ++a) {
                 const int32_t node = wrapped(site.first[0] + a, size[0]);
                 if (node < begin || node >= end) continue;
                 for (int b = 0; b < ORDER; ++b) {
                     double* line = nodes + node * plane + size_t(wrapped(site.first[1] + b, size[1])) * size[2];
                     const double factor = charges[i] * site.weight[0][a] * site.weight[1][b];
-                    for (int c = 0; c < ORDER; ++c) line[column[c]] += factor * site.weight[2][c];
+                    if (first + ORDER <= size[2]) V::store(line + first, V::load(line + first) + factor * weight);
+                    else
+                        for (int c = 0; c < ORDER; ++c) line[wrapped(first + c, size[2])] += factor * site.weight[2][c];
                 }
             }
         }
@@ -107,40 +110,38 @@ inline void Mesh::gather(const double* nodes, double* potential, double* gradien
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int32_t i = 0; i < n_; ++i) {
         const Site& site = sites_[i];
-        int32_t column[ORDER];
-        for (int c = 0; c < ORDER; ++c) column[c] = wrapped(site.first[2] + c, size[2]);
-        double value = 0, du[3] = {0, 0, 0};
+        const int32_t first = wrapped(site.first[2], size[2]);
+        V::vector value = {}, du[2] = {};  // not yet multiplied by the weights along the third axis
         for (int a = 0; a < ORDER; ++a) {
             const double* at = nodes + wrapped(site.first[0] + a, size[0]) * plane;
             for (int b = 0; b < ORDER; ++b) {
                 const double* line = at + size_t(wrapped(site.first[1] + b, size[1])) * size[2];
-                double sum = 0, sum_slope = 0;
-                for (int c = 0; c < ORDER; ++c) {
-                    sum += line[column[c]] * site.weight[2][c];
-                    sum_slope += line[column[c]] * site.slope[2][c];
-                }
-                value += site.weight[0][a] * site.weight[1][b] * sum;
-                du[0] += site.slope[0][a] * site.weight[1][b] * sum;
-                du[1] += site.weight[0][a] * site.slope[1][b] * sum;
-                du[2] += site.weight[0][a] * site.weight[1][b] * sum_slope;
+                V::vector at_nodes;
+                if (first + ORDER <= size[2]) at_nodes = V::load(line + first);
+                else
+                    for (int c = 0; c < ORDER; ++c) at_nodes[c] = line[wrapped(first + c, size[2])];
+                value += (site.weight[0][a] * site.weight[1][b]) * at_nodes;
+                du[0] += (site.slope[0][a] * site.weight[1][b]) * at_nodes;
+                du[1] += (site.weight[0][a] * site.slope[1][b]) * at_nodes;
             }
         }
-        potential[i] = value;
+        const V::vector weight = V::load(site.weight[2]);
+        const double slope[3] = {V::sum(du[0] * weight), V::sum(du[1] * weight), V::sum(value * V::load(site.slope[2]))};
+        potential[i] = V::sum(value * weight);
         for (int x = 0; x < 3; ++x) {
             gradient[3 * i + x] = 0;
-            for (int d = 0; d < 3; ++d) gradient[3 * i + x] += du[d] * size[d] * inverse_[d][x];
+            for (int d = 0; d < 3; ++d) gradient[3 * i + x] += slope[d] * size[d] * inverse_[d][x];
         }
     }
 }
 
 inline double Mesh::convolve(std::complex<double>* spectrum, const std::array<const double*, 3>& c, double* virial,
                              int threads) const {
-    using V = Lanes<double, 8>;
     const int32_t half = size[2] / 2 + 1;
     std::vector<std::array<double, 7>> partial(size[0]);  // energy and virial of each plane, added in order
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<double> exponent(half + 8);
+        std::vector<double> exponent(half + ORDER);
 #pragma omp for schedule(static)
         for (int32_t k0 = 0; k0 < size[0]; ++k0) {
             std::array<double, 7> sum = {};
@@ -157,7 +158,7 @@ inline double Mesh::convolve(std::complex<double>* spectrum, const std::array<co
                     const std::array<double, 3> k = wave(m2);
                     exponent[m2] = -dot(k, k) / (4.0 * alpha * alpha);
                 }
-                for (int32_t m2 = 0; m2 < half; m2 += 8)
+                for (int32_t m2 = 0; m2 < half; m2 += ORDER)
                     V::store(&exponent[m2], V::exponential(V::load(&exponent[m2])));
                 std::complex<double>* line = spectrum + (size_t(k0) * size[1] + k1) * half;
                 const double factor = 4.0 * M_PI * strength / volume_ * c[0][k0] * c[1][k1];

@@ -23,7 +23,7 @@ struct Table {
     const real* at(int interval) const { return coefficients.data() + size_t(interval) * (degree + 1) * channels; }
 };
 template <typename real>
-constexpr int FEATURE_DEGREE = sizeof(real) == 4 ? 3 : 9;
+constexpr int FEATURE_DEGREE = sizeof(real) == 4 ? 4 : 9;
 
 // A directed edge: the row's atom and one neighbour within the cutoff.
 template <typename real>
@@ -97,16 +97,14 @@ struct Messages {
     static BAMBOO_INLINE void feature_and_slope(const Table<real>& table, const Edge<real>& edge, vec* e, vec* slope) {
         const real* c = table.at(edge.interval);
         for (int d = 0; d < D; ++d) {
-            e[d] = V::load(c + d * L);
-            slope[d] = vec{};
+            slope[d] = V::load(c + d * L);
+            e[d] = slope[d] * edge.t + V::load(c + F + d * L);
         }
-        for (int power = 0; power < FEATURE_DEGREE<real>; ++power) {
-            c += F;
+        for (int power = 2; power <= FEATURE_DEGREE<real>; ++power)
             for (int d = 0; d < D; ++d) {
                 slope[d] = slope[d] * edge.t + e[d];
-                e[d] = e[d] * edge.t + V::load(c + d * L);
+                e[d] = e[d] * edge.t + V::load(c + power * F + d * L);
             }
-        }
         for (int d = 0; d < D; ++d) slope[d] *= table.inverse_width;
     }
 

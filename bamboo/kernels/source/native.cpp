@@ -1,6 +1,8 @@
 // The plain C interface of the native engine; every function is called through ctypes by native.py.
 // Functions that can fail return 0 for success; bamboo_message() then tells why.
 
+#include <memory>
+
 #include "system.h"
 
 #if defined(_WIN32)

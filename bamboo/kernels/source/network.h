@@ -4,39 +4,14 @@
 // the same result. A block does everything that needs no other block at once: messages, node update, next q, k, v.
 #pragma once
 
-#include <map>
-#include <memory>
-#include <stdexcept>
-#include <string>
+#include <algorithm>
 
-#include "linear.h"
+#include "blocks.h"
 #include "messages.h"
 
 namespace bamboo {
 
-constexpr int BLOCK = 24;    // atoms per block: its temporaries stay in the first-level cache
-constexpr int ELEMENTS = 87;  // rows of tables that are indexed by atomic number
-
-// Named arrays of a model file.
-class Parameters {
-  public:
-    void set(const char* name, const double* values, int64_t count) { values_[name].assign(values, values + count); }
-    const std::vector<double>& array(const std::string& name) const {
-        const auto found = values_.find(name);
-        if (found == values_.end()) throw std::runtime_error("parameter '" + name + "' is missing");
-        return found->second;
-    }
-    double number(const std::string& name) const { return array(name).at(0); }
-    int count(const std::string& name) const { return int(number(name)); }
-
-  private:
-    std::map<std::string, std::vector<double>> values_;
-};
-
-template <typename real>
-std::vector<real> converted(const std::vector<double>& values) {
-    return std::vector<real>(values.begin(), values.end());
-}
+constexpr int BLOCK = 24;  // atoms per block: its temporaries stay in the first-level cache
 
 // The atoms of a system and their edges within the cutoff; row i starts at row_start[i].
 template <typename real>
@@ -47,88 +22,6 @@ struct Graph {
     const int32_t* row_count = nullptr;
     const Edge<real>* edges = nullptr;
     Row<real> row(int32_t i) const { return {edges + row_start[i], edges + row_start[i] + row_count[i]}; }
-};
-
-// A linear layer, forward and transposed.
-template <typename real>
-struct Linear {
-    Matrix<real> forward, transposed;
-    // out_order, in_order: stored channel -> channel of the model file
-    void pack(const std::vector<double>& weight, const std::vector<int>& out_order, const std::vector<int>& in_order) {
-        const int outputs = int(out_order.size()), inputs = int(in_order.size());
-        if (weight.size() != size_t(outputs) * inputs) throw std::runtime_error("a weight has an unexpected size");
-        auto element = [&](int out, int in) { return weight[size_t(out_order[out]) * inputs + in_order[in]]; };
-        forward.pack(inputs, outputs, element);
-        transposed.pack(outputs, inputs, [&](int out, int in) { return element(in, out); });
-    }
-    void bias(const std::vector<double>& values, const std::vector<int>& out_order) {
-        forward.set_bias([&](int out) { return values.at(out_order[out]); });
-    }
-};
-
-// A head F -> F/2 -> F/2 -> 1 with SiLU between.
-template <typename real>
-struct Head {
-    Linear<real> first, second;
-    std::vector<real> last;
-    real last_bias = 0;
-
-    void prepare(const Parameters& parameters, const std::string& name, const std::vector<int>& channels) {
-        std::vector<int> half(channels.begin(), channels.begin() + channels.size() / 2);
-        first.pack(parameters.array(name + ".0.weight"), half, channels);
-        first.bias(parameters.array(name + ".0.bias"), half);
-        second.pack(parameters.array(name + ".2.weight"), half, half);
-        second.bias(parameters.array(name + ".2.bias"), half);
-        last = converted<real>(parameters.array(name + ".4.weight"));
-        last_bias = real(parameters.number(name + ".4.bias"));
-    }
-
-    // value (rows,) and its gradient (rows, F) for x (rows, F); work holds 4 * rows * F numbers
-    void apply(int rows, const real* x, real* value, real* gradient, real* work) const {
-        const int half = int(last.size()), channels = 2 * half, count = rows * half;
-        real *a = work, *a_slope = a + count, *b = a_slope + count, *b_slope = b + count;
-        first.forward.apply(rows, x, channels, a, half);
-        silu(count, a, a_slope);
-        second.forward.apply(rows, a, half, b, half);
-        silu(count, b, b_slope);
-        for (int row = 0; row < rows; ++row) {
-            real sum = last_bias;
-            for (int c = 0; c < half; ++c) {
-                sum += b[row * half + c] * last[c];
-                b[row * half + c] = last[c] * b_slope[row * half + c];
-            }
-            value[row] = sum;
-        }
-        second.transposed.apply(rows, b, half, a, half);
-        for (int k = 0; k < count; ++k) a[k] *= a_slope[k];
-        first.transposed.apply(rows, a, half, gradient, channels);
-    }
-};
-
-template <typename real>
-struct Layer {
-    bool reads_vectors = false, writes_vectors = false;
-    std::vector<real> norm_weight, norm_bias;
-    Linear<real> qkv, out, mix, gate;
-    int parts() const { return !reads_vectors ? 1 : writes_vectors ? 3 : 2; }
-};
-
-// Numbers per atom that the backward pass needs, and the adjoints; one set per system.
-template <typename real>
-struct Activations {
-    struct PerLayer {
-        Buffer<real> qkv;          // (n, 3 F)
-        Buffer<real> normed, rstd;  // (n, F), (n,)   LayerNorm before scale and bias
-        Buffer<real> U;            // (n, 3, parts F)
-        Buffer<real> o;            // (n, parts F)
-        Buffer<real> gate_slope;   // (n, F)
-        Buffer<real> dm, dM;       // (n, F), (n, 3, F)
-    };
-    std::vector<PerLayer> layers;
-    Buffer<real> h, V;                              // (n, F), (n, 3, F)
-    Buffer<real> energy, charge;                    // (n,)    outputs of the two heads
-    Buffer<real> energy_gradient, charge_gradient;  // (n, F)  with respect to the last h
-    Buffer<real> dh;                                // (n, F)
 };
 
 template <typename real>
@@ -331,6 +224,7 @@ void Network<real>::node_forward(const Graph<real>& graph, Activations<real>& a,
     for (int i = begin; i < end; ++i, o += width, U += 3 * width) {
         const real *o2 = o + (parts - 2) * F, *o3 = o2 + F;
         real* h = a.h.data() + size_t(i) * F;
+#pragma omp simd
         for (int c = 0; c < F; ++c) {
             real s = 0;
             for (int x = 0; x < 3; ++x) s += U[x * width + c] * U[x * width + F + c];
@@ -340,6 +234,7 @@ void Network<real>::node_forward(const Graph<real>& graph, Activations<real>& a,
         real* V = a.V.data() + size_t(i) * 3 * F;
         const real* M = w.M.data() + (i - begin) * 3 * F;
         for (int x = 0; x < 3; ++x)
+#pragma omp simd
             for (int c = 0; c < F; ++c) V[x * F + c] += U[x * width + 2 * F + c] * o[c] + M[x * F + c];
     }
 }
@@ -360,6 +255,7 @@ void Network<real>::node_backward(Activations<real>& a, int l, int begin, int en
         for (int i = begin; i < end; ++i, d_out += width, dU += 3 * width, dh += F) {
             const real *o = saved.o.data() + size_t(i) * width, *o2 = o + (parts - 2) * F;
             const real* U = saved.U.data() + size_t(i) * 3 * width;
+#pragma omp simd
             for (int c = 0; c < F; ++c) {
                 real s = 0;
                 for (int x = 0; x < 3; ++x) s += U[x * width + c] * U[x * width + F + c];
@@ -367,6 +263,7 @@ void Network<real>::node_backward(Activations<real>& a, int l, int begin, int en
                 d_out[(parts - 1) * F + c] = dh[c];
             }
             for (int x = 0; x < 3; ++x)
+#pragma omp simd
                 for (int c = 0; c < F; ++c) {
                     const real ds = o2[c] * dh[c];
                     dU[x * width + c] = ds * U[x * width + F + c];
@@ -374,6 +271,7 @@ void Network<real>::node_backward(Activations<real>& a, int l, int begin, int en
                 }
             if (!layer.writes_vectors) continue;
             const real* dV = saved.dM.data() + size_t(i) * 3 * F;
+#pragma omp simd
             for (int c = 0; c < F; ++c) {
                 real do1 = 0;
                 for (int x = 0; x < 3; ++x) {

@@ -9,6 +9,28 @@
 
 namespace bamboo {
 
+// The listed neighbours of one atom that are within the cutoff.
+struct Found {
+    std::vector<int32_t> image;
+    std::vector<double> x, y, z, r, f, slope;
+    void reserve(size_t count) {
+        if (count <= image.size()) return;
+        image.resize(2 * count);
+        for (std::vector<double>* values : {&x, &y, &z, &r, &f, &slope}) values->resize(2 * count);
+    }
+};
+
+// f(r) = (cos(pi r / r_c) + 1) / 2 = cos^2 y and f'(r) = -(pi / r_c) sin y cos y, with y = pi r / (2 r_c) in [0, pi / 2]
+inline void envelope(int32_t count, double cutoff, const double* r, double* f, double* slope) {
+    using V = Lanes<double, 8>;
+    for (int32_t k = 0; k < count; k += 8) {
+        const V::vector y = V::load(r + k) * (M_PI / (2.0 * cutoff));
+        const V::vector sine = V::sine(y), cosine = V::sine(M_PI / 2.0 - y);
+        V::store(f + k, cosine * cosine);
+        V::store(slope + k, (-M_PI / cutoff) * sine * cosine);
+    }
+}
+
 // One function of the distance and its derivative; polynomials of degree 5 on equal intervals of [0, cutoff].
 struct PairTable {
     static constexpr int DEGREE = 5;
@@ -52,7 +74,7 @@ struct DampedCoulomb {
 struct Collected {
     double virial[9] = {};
     double dispersion = 0, repulsion = 0;
-    Buffer<double> force;  // (n, 3)
+    Buffer<double> force;  // (n, 4); the fourth is nothing
 };
 
 // E = -C6 / (r^6 + a4^6) (s6 + a1 / (1 + exp(k (r - a2 R)))), switched or shifted at the cutoff, and the ZBL wall.
@@ -178,14 +200,14 @@ void FixedPairs<real>::row(int32_t i, int32_t home, const int32_t* images, int64
         for (int a = 0; a < 3; ++a)
             for (int b = a; b < 3; ++b) virial[component++] += slope * u[a] * u[b];
         for (int l = 0; l < lanes; ++l) {
-            double* f = out.force.data() + 3 * size_t(owner[images[at + l]]);
+            double* f = out.force.data() + 4 * size_t(owner[images[at + l]]);
             f[0] -= double(factor[l] * dx[l]);
             f[1] -= double(factor[l] * dy[l]);
             f[2] -= double(factor[l] * dz[l]);
         }
     }
     out.dispersion += double(V::sum(energy_sum));
-    for (int d = 0; d < 3; ++d) out.force[3 * size_t(i) + d] += double(V::sum(force_i[d]));
+    for (int d = 0; d < 3; ++d) out.force[4 * size_t(i) + d] += double(V::sum(force_i[d]));
     int component = 0;
     for (int a = 0; a < 3; ++a)
         for (int b = a; b < 3; ++b) {

@@ -142,39 +142,46 @@ void System<real>::place_images(const double* positions, int threads) {
 template <typename real>
 void System<real>::find_edges(double* closest, int threads) {
     const Table<real>& table = model_.network.table;
-    const double cutoff = model_.cutoff, wave = M_PI / cutoff, inverse_width = table.intervals / cutoff;
+    const double cutoff = model_.cutoff, inverse_width = table.intervals / cutoff;
     std::vector<std::array<double, 3>> nearest(threads, {cutoff, -1, -1});
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {
+        Found found;
         const int32_t end = first_row(near_.edges, thread + 1, threads);
         for (int32_t i = first_row(near_.edges, thread, threads); i < end; ++i) {
+            const int64_t start = near_.edges.start[i], listed = near_.edges.start[i + 1] - start;
+            found.reserve(size_t(listed) + 8);
             const double* r_i = &image_[3 * size_t(home_[i])];
-            const int64_t start = near_.edges.start[i];
             int32_t count = 0;
-            for (int64_t k = start; k < near_.edges.start[i + 1]; ++k) {
-                const int32_t image = near_.edges.image[k];
-                const double* r_j = &image_[3 * size_t(image)];
-                const double vector[3] = {r_j[0] - r_i[0], r_j[1] - r_i[1], r_j[2] - r_i[2]};
-                const double square = vector[0] * vector[0] + vector[1] * vector[1] + vector[2] * vector[2];
-                if (!(square < cutoff * cutoff)) continue;
-                const double r = std::sqrt(square);
-                if (r < nearest[thread][0]) nearest[thread] = {r, double(i), double(near_.owner[image])};
-                Edge<real>& edge = edges_[start + count];
-                edge.j = near_.owner[image];
-                edge.interval = std::min(int32_t(r * inverse_width), table.intervals - 1);
-                edge.t = real(r * inverse_width - edge.interval);
-                for (int x = 0; x < 3; ++x) edge.u[x] = real(vector[x] / std::max(r, 1e-12));
-                distance_[start + count++] = r;
+            for (int64_t k = start; k < start + listed; ++k) {  // append without branching
+                const double* r_j = &image_[3 * size_t(near_.edges.image[k])];
+                const double x = r_j[0] - r_i[0], y = r_j[1] - r_i[1], z = r_j[2] - r_i[2];
+                const double square = x * x + y * y + z * z;
+                found.image[count] = near_.edges.image[k];
+                found.x[count] = x;
+                found.y[count] = y;
+                found.z[count] = z;
+                found.r[count] = square;
+                count += square < cutoff * cutoff;
             }
             row_count_[i] = count;
-            for (int32_t k = 0; k < count; ++k) {  // f(r) = (cos(pi r / r_c) + 1) / 2
-                Edge<real>& edge = edges_[start + k];
-                edge.f = real(0.5 * (std::cos(wave * distance_[start + k]) + 1.0));
-                edge.slope = real(-0.5 * wave * std::sin(wave * distance_[start + k]));
+            for (int32_t k = 0; k < count; ++k) found.r[k] = std::sqrt(found.r[k]);
+            envelope(count, cutoff, found.r.data(), found.f.data(), found.slope.data());
+            for (int32_t k = 0; k < count; ++k) {
+                const double r = found.r[k], inverse = 1.0 / std::max(r, 1e-12);
+                const int32_t j = near_.owner[found.image[k]];
+                const int32_t interval = std::min(int32_t(r * inverse_width), table.intervals - 1);
+                edges_[start + k] = {j, interval, real(r * inverse_width - interval), real(found.f[k]),
+                                     real(found.slope[k]),
+                                     {real(found.x[k] * inverse), real(found.y[k] * inverse), real(found.z[k] * inverse)}};
+                distance_[start + k] = r;
+                if (r < nearest[thread][0]) nearest[thread] = {r, double(i), double(j)};
             }
-            if (periodic_)
+            if (periodic_) {
+#pragma omp simd
                 for (int32_t k = 0; k < count; ++k)
-                    model_.real_space.evaluate(distance_[start + k], unit_energy_[start + k], unit_slope_[start + k]);
+                    model_.real_space.evaluate(found.r[k], unit_energy_[start + k], unit_slope_[start + k]);
+            }
             std::memset(geometry_.data() + 4 * start, 0, 4 * size_t(count) * sizeof(real));
         }
     }
@@ -245,7 +252,7 @@ void System<real>::coulomb_of_cluster(int threads) {
                 potential_[i] += charge_[j] * value;
                 const double factor = charge_[i] * charge_[j] * slope / r;
                 for (int a = 0; a < 3; ++a) {
-                    out.force[3 * size_t(i) + a] += factor * vector[a];
+                    out.force[4 * size_t(i) + a] += factor * vector[a];
                     for (int b = 0; b < 3; ++b) out.virial[3 * a + b] -= 0.5 * factor * vector[a] * vector[b];
                 }
             }
@@ -267,7 +274,7 @@ double System<real>::add_mesh(const double* nodes, int threads) {
     }
     for (int32_t i = 0; i < n_; ++i) {
         potential_[i] += mesh_potential_[i] - 2.0 * self * charge_[i] - 2.0 * background * total;
-        for (int x = 0; x < 3; ++x) out.force[3 * size_t(i) + x] -= charge_[i] * mesh_gradient_[3 * size_t(i) + x];
+        for (int x = 0; x < 3; ++x) out.force[4 * size_t(i) + x] -= charge_[i] * mesh_gradient_[3 * size_t(i) + x];
     }
     for (int k = 0; k < 9; ++k) out.virial[k] += mesh_virial_[k] - (k % 4 == 0 ? background * total * total : 0.0);
     return mesh_energy_ - self * squares - background * total * total;
@@ -276,30 +283,33 @@ double System<real>::add_mesh(const double* nodes, int threads) {
 // Forces along the edges: network (what atom i sends to j) and real-space Coulomb (half of each pair from each side).
 template <typename real>
 void System<real>::edge_forces(int threads) {
+    using V = Lanes<double, 4>;  // x, y, z and nothing
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {
         Collected& out = collected_[thread];
+        V::vector virial[3] = {};
         const int32_t end = first_row(near_.edges, thread + 1, threads);
         for (int32_t i = first_row(near_.edges, thread, threads); i < end; ++i) {
             const int64_t start = near_.edges.start[i];
-            double force[3] = {0, 0, 0};
+            V::vector force = {};
             for (int64_t k = start; k < start + row_count_[i]; ++k) {
                 const Edge<real>& edge = edges_[k];
                 const real* g = geometry_.data() + 4 * k;  // of the edge j <- i, whose direction is -u
-                const double r = distance_[k];
-                const double along = g[0] + (g[1] * edge.u[0] + g[2] * edge.u[1] + g[3] * edge.u[2]) / r;
+                const V::vector u = {edge.u[0], edge.u[1], edge.u[2], 0.0}, du = {g[1], g[2], g[3], 0.0};
+                const double r = distance_[k], inverse = 1.0 / r;
+                const double along = g[0] + (du[0] * u[0] + du[1] * u[1] + du[2] * u[2]) * inverse;
                 const double coulomb = periodic_ ? 0.5 * charge_[i] * charge_[edge.j] * unit_slope_[k] : 0.0;
-                double pull[3];  // dE/d(r_j - r_i)
-                for (int x = 0; x < 3; ++x) pull[x] = (along + coulomb) * edge.u[x] - g[1 + x] / r;
-                double* force_j = out.force.data() + 3 * size_t(edge.j);
-                for (int x = 0; x < 3; ++x) {
-                    force[x] += pull[x];
-                    force_j[x] -= pull[x];
-                    for (int y = 0; y < 3; ++y) out.virial[3 * x + y] -= r * edge.u[x] * pull[y];
-                }
+                const V::vector pull = (along + coulomb) * u - du * inverse;  // dE/d(r_j - r_i)
+                double* force_j = out.force.data() + 4 * size_t(edge.j);
+                force += pull;
+                V::store(force_j, V::load(force_j) - pull);
+                for (int x = 0; x < 3; ++x) virial[x] -= (r * u[x]) * pull;
             }
-            for (int x = 0; x < 3; ++x) out.force[3 * size_t(i) + x] += force[x];
+            double* force_i = out.force.data() + 4 * size_t(i);
+            V::store(force_i, V::load(force_i) + force);
         }
+        for (int x = 0; x < 3; ++x)
+            for (int y = 0; y < 3; ++y) out.virial[3 * x + y] += virial[x][y];
     }
 }
 
@@ -330,7 +340,7 @@ void System<real>::backward(const double* nodes, bool full, Totals& totals, doub
                             double* virial, double* dipole, int threads) {
     if (int(collected_.size()) != threads) collected_ = std::vector<Collected>(threads);
     for (Collected& out : collected_) {
-        out.force.zeros(3 * size_t(n_));
+        out.force.zeros(4 * size_t(n_));
         std::fill(out.virial, out.virial + 9, 0.0);
         out.dispersion = out.repulsion = 0;
     }
@@ -363,7 +373,7 @@ void System<real>::backward(const double* nodes, bool full, Totals& totals, doub
         charges[caller] = charge_[i];
         for (int x = 0; x < 3; ++x) {
             forces[3 * caller + x] = 0;
-            for (const Collected& out : collected_) forces[3 * caller + x] += out.force[3 * size_t(i) + x];
+            for (const Collected& out : collected_) forces[3 * caller + x] += out.force[4 * size_t(i) + x];
             dipole[x] += charge_[i] * position_[3 * size_t(i) + x];
         }
     }
