@@ -69,6 +69,7 @@ def save(force_field: ForceField, path: str | Path, *, card: dict[str, Any] | No
     }
     try:
         save_file(tensors, str(path), metadata={"bamboo": json.dumps(header, ensure_ascii=False)})
+        Path(path).chmod(0o644)  # safetensors writes files that only their owner can read
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: the model cannot be written: {error}.") from error
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from bamboo.errors import BambooError, InputError
+from bamboo.errors import BambooError, GuardError, InputError
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -195,6 +195,8 @@ def validate(
     report = run_validation(model, ValidationConfig(electrolyte=electrolyte, n_atoms=atoms), say=say)
     if as_json:
         _print_json(report.to_dict())
+    if report.stopped:
+        raise GuardError(f"{len(report.stopped)} of the runs did not stay sound; see above.")
 
 
 @model_app.command("list")

@@ -141,6 +141,14 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
     if config.start is not None:
         if "network" in config.model_fields_set:
             raise InputError("`network` has no effect where `start` gives the weights: remove one of the two.")
+        levels = {frame.labels.level for frame in frames}
+        known_levels = set(checkpoint.describe(config.start)["card"].get("levels", levels))
+        if not levels <= known_levels and config.weights.energy > 0:
+            raise InputError(
+                f"{config.start} was trained on {', '.join(sorted(known_levels))}, the data are "
+                f"{', '.join(sorted(levels))}: their energies have different zeros. "
+                "Train from scratch, or set weights.energy: 0."
+            )
         force_field = checkpoint.load(config.start)
         unknown = {int(z) for frame in frames for z in frame.system.numbers} - set(
             torch.nonzero(force_field.known).flatten().tolist()

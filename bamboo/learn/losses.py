@@ -1,7 +1,7 @@
 """What training minimises: weighted, robust deviations from the labels that are present.
 
 All parts are averages over a batch in internal units (eV, Å, e). Robust means Huber's function,
-H(x) = x^2 / 2 for |x| < d and d (|x| - d / 2) beyond, so that a few violent contacts do not rule the gradient.
+H(x) = x^2 for |x| < d and d (2 |x| - d) beyond, so that a few violent contacts do not rule the gradient.
 """
 
 from dataclasses import dataclass

@@ -360,3 +360,11 @@ def test_settings_that_cannot_work_are_refused_and_dropped_frames_are_told(tmp_p
     write_frames(tmp_path / "frames.h5", FRAMES)
     with pytest.raises(InputError, match="`network` has no effect"):
         train(config.model_copy(update={"start": "default", "network": NetworkBlock()}), say=said.append)
+
+
+def test_start_from_another_level_is_refused(tmp_path: Path) -> None:
+    """Total energies of two methods differ by far more than any loss can mend."""
+    write_frames(tmp_path / "frames.h5", FRAMES)
+    config = TrainConfig(data=[tmp_path / "frames.h5"], output=tmp_path / "m.safetensors", start="gfn2")
+    with pytest.raises(InputError, match="trained on GFN2-xTB, the data are springs"):
+        train(config, say=lambda _: None)
