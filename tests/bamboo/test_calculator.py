@@ -249,7 +249,9 @@ def test_results_survive_a_file(calculator, ec):
     np.testing.assert_allclose(again.get_forces(), forces, atol=1e-6)
 
 
-def test_torch_settings_are_left_alone(model):
-    threads, default = torch.get_num_threads(), torch.get_default_dtype()
-    BambooCalculator(model, dtype="float64")
-    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, default)
+def test_torch_settings_are_left_alone(calculator, ec):
+    ec.calc = calculator
+    threads = torch.get_num_threads()
+    ec.get_forces()
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, torch.float32)
+    assert torch.is_grad_enabled()
