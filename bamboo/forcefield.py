@@ -228,7 +228,7 @@ class ForceField(nn.Module):
         terms = {
             "network": network,
             "electrostatic": self._electrostatic(
-                held, safe_norm(edge_vec), positions, cell, batch=batch, neighbors=neighbors, twice=twice
+                held, edge_vec, positions, cell, batch=batch, neighbors=neighbors, twice=twice
             ),
             "electronegativity": per_system(chi.square() * held + (hardness * held).square()),
         }
@@ -242,7 +242,7 @@ class ForceField(nn.Module):
     def _electrostatic(
         self,
         charges: torch.Tensor,
-        edge_distance: torch.Tensor,
+        edge_vec: torch.Tensor,
         positions: torch.Tensor,
         cell: torch.Tensor,
         *,
@@ -251,21 +251,24 @@ class ForceField(nn.Module):
         twice: bool,
     ) -> torch.Tensor:
         """Return the Coulomb energy of each system, (n_systems,); twice, it will be differentiated twice."""
-        system_index = batch.system_index
+        system_index, cutoff = batch.system_index, self.config.network.cutoff
         energy = positions.new_zeros(batch.n_systems)
-        pairs = neighbors.cluster
-        if pairs.index.shape[1]:
-            i, j = pairs.index
-            distance = safe_norm(positions[j] - positions[i])
-            pair = electrostatics.damped_coulomb(charges[i] * charges[j], distance)
-            energy = energy.index_add(0, system_index[i], pair)
+        ends = neighbors.cluster.index
+        if ends.shape[1]:
+            between = positions.index_select(0, ends[1]) - positions.index_select(0, ends[0])
+            energy = energy + electrostatics.pair_sum(
+                charges, between, ends, system_index=system_index, weight=torch.ones_like(energy), cutoff=None
+            )
         if not bool(batch.pbc.any()):
             return energy
-        cutoff = self.config.network.cutoff
-        i, j = neighbors.edges.index
-        pair = electrostatics.real_space_energy(charges[i] * charges[j], edge_distance, cutoff)
-        periodic_pair = torch.where(batch.pbc[system_index[i]], 0.5 * pair, 0.0)  # the list holds each pair twice
-        energy = energy.index_add(0, system_index[i], periodic_pair)
+        energy = energy + electrostatics.pair_sum(
+            charges,
+            edge_vec,
+            neighbors.edges.index,
+            system_index=system_index,
+            weight=0.5 * batch.pbc.to(energy.dtype),  # the list holds each pair twice
+            cutoff=cutoff,
+        )
         for system in torch.nonzero(batch.pbc).flatten().tolist():
             atoms = torch.nonzero(system_index == system).squeeze(-1)
             long_range = ewald if twice and len(atoms) <= ewald.MAX_ATOMS else electrostatics

@@ -48,6 +48,11 @@ def available() -> bool:
     return _library() is not None
 
 
+def ready(tensor: Tensor) -> bool:
+    """Tell whether the native library works on this tensor: built, not switched off, on the CPU."""
+    return _enabled and tensor.device.type == "cpu" and available()
+
+
 @contextmanager
 def plain() -> Iterator[None]:
     """Compute in plain torch inside this context, native library or not."""
@@ -183,9 +188,7 @@ def pairs_of(edge_index: Tensor, edge_vec: Tensor, *, n_atoms: int, config: "Net
     That is where there is no native library, off the CPU, for differential attention, and for edges that are not sorted
     by receiver or lack their counterpart. edge_index (2, n_edges) int64; edge_vec (n_edges, 3).
     """
-    if not _enabled or config.attention != "get" or config.channels > MAX_CHANNELS:
-        return None
-    if edge_vec.device.type != "cpu" or not available():
+    if not ready(edge_vec) or config.attention != "get" or config.channels > MAX_CHANNELS:
         return None
     n_edges = edge_index.shape[1]
     first, found = edge_index.new_zeros(n_atoms + 1), edge_index.new_zeros(1)
@@ -196,16 +199,36 @@ def pairs_of(edge_index: Tensor, edge_vec: Tensor, *, n_atoms: int, config: "Net
     return Pairs(kept[: n_edges // 2], other[: n_edges // 2], first, config.heads) if bool(found) else None
 
 
-def messages(qkv: Tensor, feature: Tensor, envelope: Tensor, direction: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def messages(
+    qkv: Tensor, feature: Tensor, envelope: Tensor, direction: Tensor, pairs: Pairs, *, vectors: bool
+) -> tuple[Tensor, Tensor]:
     """Return m (n, F) and M (n, 3, F) of ``bamboo.nn.get.messages``, twice differentiable in all but the pairs.
 
-    feature (n_pairs, F), envelope (n_pairs,), direction (n_pairs, 3), as seen from the receiver of the kept edge.
+    feature (n_pairs, F), envelope (n_pairs,), direction (n_pairs, 3), as seen from the receiver of the kept edge;
+    without vectors the second result is empty.
     """
     n_atoms, channels = len(qkv), feature.shape[1]
-    sizes = (n_atoms, channels, channels // pairs.heads, _threads(len(pairs.other)))
-    shapes = ((n_atoms, channels), (n_atoms, 3, channels))
+    sizes = (n_atoms, channels, channels // pairs.heads, _threads(len(pairs.other)), int(vectors))
+    shapes = ((n_atoms, channels), (n_atoms, 3, channels) if vectors else (0,))
     scalar, vector = _Kernel("messages", sizes, shapes, (pairs.first, pairs.other))(qkv, feature, envelope, direction)
     return scalar, vector
+
+
+# --- electrostatics ---------------------------------------------------------------------------------------------------
+
+
+def coulomb(
+    charges: Tensor, vectors: Tensor, ends: Tensor, *, system_index: Tensor, weight: Tensor, settings: tuple[float, ...]
+) -> Tensor:
+    """Return weight * sum q_i q_j K(r) of each system, (n_systems,), twice differentiable in charges and vectors.
+
+    ends (2, n_pairs) and system_index (n_atoms,) int64; vectors (n_pairs, 3); weight (n_systems,); settings k_e, r0,
+    beta, alpha and cutoff of ``bamboo.terms.electrostatics``: K is its damped pair energy minus erf(alpha r) / r.
+    """
+    sizes = (len(charges), len(vectors), len(weight))
+    index = (*(end.contiguous() for end in ends), system_index.contiguous(), weight.double().contiguous())
+    (energy,) = _Kernel("coulomb", sizes, ((len(weight),),), index, settings)(charges, vectors)
+    return energy
 
 
 # --- edge features ----------------------------------------------------------------------------------------------------

@@ -66,15 +66,18 @@ class Edges:
     pairs: fused.Pairs | None = None
 
 
-def messages(qkv: torch.Tensor, edges: Edges, *, heads: int, differential: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def messages(
+    qkv: torch.Tensor, edges: Edges, *, heads: int, differential: bool, vectors: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather, attend and sum over the neighbours.
 
     m_i = sum_j v_j * e_ij * a_ij, (n, F), and M_i = sum_j (v_j * e_ij) (x) u_ij, (n, 3, F), with the attention
     a_ij = SiLU(sum_d q_i k_j) f(r_ij) per head; qkv (n, 3 F) is q | k | v, the channels of one head contiguous.
-    The native library does the same where it can (``edges.pairs``); what follows is the definition.
+    Without vectors, as in the last layer, M is empty. The native library does the same where it can
+    (``edges.pairs``); what follows is the definition.
     """
     if edges.pairs is not None:
-        return fused.messages(qkv, edges.feature, edges.envelope, edges.direction, edges.pairs)
+        return fused.messages(qkv, edges.feature, edges.envelope, edges.direction, edges.pairs, vectors=vectors)
     q, k, v = qkv.chunk(3, dim=-1)
     n_atoms, channels = v.shape
     i, j = edges.i, edges.j
@@ -88,6 +91,8 @@ def messages(qkv: torch.Tensor, edges: Edges, *, heads: int, differential: bool)
     carried = v[j] * edges.feature  # (n_edges, F)
     weighed = (carried.view(-1, heads, channels // heads) * attention[..., None]).view(-1, channels)
     scalar = torch.zeros_like(v).index_add(0, i, weighed)
+    if not vectors:
+        return scalar, v.new_zeros(0)
     vector = v.new_zeros(n_atoms, 3, channels).index_add(0, i, carried[:, None, :] * edges.direction[:, :, None])
     return scalar, vector
 
@@ -119,8 +124,9 @@ class Layer(nn.Module):
         """Return the new scalars (n, F) and vectors (n, 3, F); the last layer returns no vectors."""
         weight, bias = (self._parts_together(tensor) for tensor in (self.qkv.weight, self.qkv.bias))
         y = self.norm(h) if edges.pairs is None else fused.layer_norm(h, self.norm)
+        qkv = nn.functional.linear(y, weight, bias)
         scalar, vector = messages(
-            nn.functional.linear(y, weight, bias), edges, heads=self.heads, differential=self.differential
+            qkv, edges, heads=self.heads, differential=self.differential, vectors=self.writes_vectors
         )
         if self.gate is not None:
             scalar = silu(self.gate(scalar)) + scalar

@@ -18,6 +18,8 @@ from torchpme.potentials import CoulombPotential
 
 from bamboo import units
 from bamboo.errors import InputError
+from bamboo.nn import fused
+from bamboo.nn.radial import safe_norm
 
 CONTACT_LENGTH = 2.2  # Å, r0
 CONTACT_SHARPNESS = 18.7  # beta
@@ -43,6 +45,31 @@ def real_space_energy(charge_product: torch.Tensor, distance: torch.Tensor, cuto
     alpha = splitting(cutoff)
     long_range = units.COULOMB_CONSTANT * charge_product * torch.erf(alpha * distance) / distance
     return (damped_coulomb(charge_product, distance) - long_range) * (distance < cutoff)
+
+
+def pair_sum(
+    charges: torch.Tensor,
+    vectors: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    system_index: torch.Tensor,
+    weight: torch.Tensor,
+    cutoff: float | None,
+) -> torch.Tensor:
+    """Return weight * sum of the pair energies of each system [eV], (n_systems,), by the native library if possible.
+
+    charges (n_atoms,); vectors (n_pairs, 3) between the two atoms in ends (2, n_pairs); system_index (n_atoms,); weight
+    (n_systems,). The pair energy is ``real_space_energy``, or without a cutoff ``damped_coulomb``.
+    """
+    if fused.ready(charges):
+        alpha, reach = (0.0, 1.0e30) if cutoff is None else (splitting(cutoff), cutoff)
+        settings = (units.COULOMB_CONSTANT, CONTACT_LENGTH, CONTACT_SHARPNESS, alpha, reach)
+        return fused.coulomb(charges, vectors, ends, system_index=system_index, weight=weight, settings=settings)
+    i, j = ends
+    product, distance = charges[i] * charges[j], safe_norm(vectors)
+    pair = damped_coulomb(product, distance) if cutoff is None else real_space_energy(product, distance, cutoff)
+    system = system_index[i]
+    return torch.zeros_like(weight).index_add(0, system, weight[system] * pair)
 
 
 class _MeshFilter(P3MKSpaceFilter):  # type: ignore[misc]

@@ -115,99 +115,110 @@ template <class T> struct Update {
     int n, parts, threads;
     const T *o, *u;
 
-    // parts of one atom: o1, o2, o3 and U1, U2, U3 of direction x; without o1 and U3 those alias o2 and U2, unused
-    struct Atom {
-        const T *o1, *o2, *o3, *u1, *u2, *u3;
-        int stride;
-    };
-    Atom at(const T *all_o, const T *all_u, int64_t row) const {
-        const T *from = all_o + row * parts * n, *vector = all_u + row * 3 * parts * n;
-        return {from, from + (parts - 2) * n, from + (parts - 1) * n, vector, vector + n, vector + (parts - 1) * n, parts * n};
+    // Where the parts of one atom lie in arrays shaped like o, and in one direction of arrays shaped like U.
+    const T *o1(const T *all, int64_t row) const { return all + row * parts * n; }
+    const T *o2(const T *all, int64_t row) const { return all + ((row + 1) * parts - 2) * n; }
+    const T *o3(const T *all, int64_t row) const { return all + ((row + 1) * parts - 1) * n; }
+    const T *u_of(const T *all, int64_t row, int x) const { return all + (row * 3 + x) * parts * n; }
+
+    // out = sum_xyz of p * q, where p and q are n channels that begin `first` and `second` after those of u1
+    void dot(const T *all_p, int first, const T *all_q, int second, int64_t row, T *out) const {
+        std::fill_n(out, n, T(0));
+        for (int x = 0; x < 3; ++x) {
+            const T *p = u_of(all_p, row, x) + first, *q = u_of(all_q, row, x) + second;
+#pragma omp simd
+            for (int c = 0; c < n; ++c) out[c] += p[c] * q[c];
+        }
     }
 
     void forward(T *a, T *b) const {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t row = 0; row < rows; ++row) {
-            const Atom i = at(o, u, row);
+            const T *out1 = o1(o, row), *out2 = o2(o, row), *out3 = o3(o, row);
             T *to = a + row * n;
+            dot(u, 0, u, n, row, to);
 #pragma omp simd
-            for (int c = 0; c < n; ++c) {
-                T s = 0;
-                for (int x = 0; x < 3; ++x) s += i.u1[x * i.stride + c] * i.u2[x * i.stride + c];
-                to[c] = s * i.o2[c] + i.o3[c];
+            for (int c = 0; c < n; ++c) to[c] = to[c] * out2[c] + out3[c];
+            for (int x = 0; parts == 3 && x < 3; ++x) {
+                const T *u3 = u_of(u, row, x) + 2 * n;
+                T *turned = b + (row * 3 + x) * n;
+#pragma omp simd
+                for (int c = 0; c < n; ++c) turned[c] = u3[c] * out1[c];
             }
-            for (int x = 0; parts == 3 && x < 3; ++x)
-#pragma omp simd
-                for (int c = 0; c < n; ++c) b[(row * 3 + x) * n + c] = i.u3[x * i.stride + c] * i.o1[c];
         }
     }
 
     // Gradient of S = sum g a + G b.
-    void backward(const T *g, const T *G, T *d_o, T *d_u) const {
+    void backward(const T *all_g, const T *all_G, T *d_o, T *d_u) const {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t row = 0; row < rows; ++row) {
-            const Atom i = at(o, u, row);
-            const T *gr = g + row * n, *Gr = G + row * 3 * n;
-            T *d1 = d_o + row * parts * n, *d2 = d1 + (parts - 2) * n, *d3 = d2 + n, *du = d_u + row * 3 * parts * n;
+            const T *g = all_g + row * n, *out1 = o1(o, row), *out2 = o2(o, row);
+            T *d1 = d_o + row * parts * n, *d2 = d1 + (parts - 2) * n, *d3 = d2 + n;
+            dot(u, 0, u, n, row, d2);
 #pragma omp simd
             for (int c = 0; c < n; ++c) {
-                T s = 0;
-                for (int x = 0; x < 3; ++x) {
-                    const T u1 = i.u1[x * i.stride + c], u2 = i.u2[x * i.stride + c];
-                    s += u1 * u2;
-                    du[x * i.stride + c] = gr[c] * i.o2[c] * u2;
-                    du[x * i.stride + n + c] = gr[c] * i.o2[c] * u1;
-                }
-                d2[c] = gr[c] * s;
-                d3[c] = gr[c];
+                d2[c] *= g[c];
+                d3[c] = g[c];
             }
-            if (parts == 3)
+            if (parts == 3) std::fill_n(d1, n, T(0));
+            for (int x = 0; x < 3; ++x) {
+                const T *u1 = u_of(u, row, x), *u2 = u1 + n, *u3 = u2 + n, *G = all_G + (row * 3 + x) * n;
+                T *du1 = d_u + (row * 3 + x) * parts * n, *du2 = du1 + n, *du3 = du2 + n;
 #pragma omp simd
                 for (int c = 0; c < n; ++c) {
-                    T sum = 0;
-                    for (int x = 0; x < 3; ++x) {
-                        sum += Gr[x * n + c] * i.u3[x * i.stride + c];
-                        du[x * i.stride + 2 * n + c] = Gr[x * n + c] * i.o1[c];
-                    }
-                    d1[c] = sum;
+                    du1[c] = g[c] * out2[c] * u2[c];
+                    du2[c] = g[c] * out2[c] * u1[c];
                 }
+                if (parts == 3)
+#pragma omp simd
+                    for (int c = 0; c < n; ++c) {
+                        d1[c] += G[c] * u3[c];
+                        du3[c] = G[c] * out1[c];
+                    }
+            }
         }
     }
 
     // Gradient of P = sum g a-dot + G b-dot along (t_o, t_u); with respect to g and G it is a-dot and b-dot.
-    void second(const T *g, const T *G, const T *t_o, const T *t_u, T *a_dot, T *b_dot, T *d_o, T *d_u) const {
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int64_t row = 0; row < rows; ++row) {
-            const Atom i = at(o, u, row), t = at(t_o, t_u, row);
-            const T *gr = g + row * n, *Gr = G + row * 3 * n;
-            T *d1 = d_o + row * parts * n, *d2 = d1 + (parts - 2) * n, *d3 = d2 + n, *du = d_u + row * 3 * parts * n;
-#pragma omp simd
-            for (int c = 0; c < n; ++c) {
-                T s = 0, s_dot = 0;
-                for (int x = 0; x < 3; ++x) {
-                    const T u1 = i.u1[x * i.stride + c], u2 = i.u2[x * i.stride + c];
-                    const T t1 = t.u1[x * i.stride + c], t2 = t.u2[x * i.stride + c];
-                    s += u1 * u2;
-                    s_dot += t1 * u2 + u1 * t2;
-                    du[x * i.stride + c] = gr[c] * (t2 * i.o2[c] + u2 * t.o2[c]);
-                    du[x * i.stride + n + c] = gr[c] * (t1 * i.o2[c] + u1 * t.o2[c]);
-                }
-                a_dot[row * n + c] = s_dot * i.o2[c] + s * t.o2[c] + t.o3[c];
-                d2[c] = gr[c] * s_dot;
-                d3[c] = T(0);
-            }
-            if (parts == 3)
+    void second(const T *all_g, const T *all_G, const T *t_o, const T *t_u, T *a_dot, T *b_dot, T *d_o, T *d_u) const {
+#pragma omp parallel num_threads(threads)
+        {
+            std::vector<T> s(n), s_dot(n);
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; ++row) {
+                const T *g = all_g + row * n, *out1 = o1(o, row), *out2 = o2(o, row);
+                const T *t1 = o1(t_o, row), *t2 = o2(t_o, row), *t3 = o3(t_o, row);
+                T *d1 = d_o + row * parts * n, *d2 = d1 + (parts - 2) * n, *d3 = d2 + n, *change = a_dot + row * n;
+                dot(u, 0, u, n, row, s.data());
+                dot(t_u, 0, u, n, row, s_dot.data());
+                dot(u, 0, t_u, n, row, d2);
 #pragma omp simd
                 for (int c = 0; c < n; ++c) {
-                    T sum = 0;
-                    for (int x = 0; x < 3; ++x) {
-                        const T u3 = i.u3[x * i.stride + c], t3 = t.u3[x * i.stride + c];
-                        b_dot[(row * 3 + x) * n + c] = t3 * i.o1[c] + u3 * t.o1[c];
-                        sum += Gr[x * n + c] * t3;
-                        du[x * i.stride + 2 * n + c] = Gr[x * n + c] * t.o1[c];
-                    }
-                    d1[c] = sum;
+                    const T both = s_dot[c] + d2[c];
+                    change[c] = both * out2[c] + s[c] * t2[c] + t3[c];
+                    d2[c] = g[c] * both;
+                    d3[c] = T(0);
                 }
+                if (parts == 3) std::fill_n(d1, n, T(0));
+                for (int x = 0; x < 3; ++x) {
+                    const T *u1 = u_of(u, row, x), *u2 = u1 + n, *u3 = u2 + n, *G = all_G + (row * 3 + x) * n;
+                    const T *tu1 = u_of(t_u, row, x), *tu2 = tu1 + n, *tu3 = tu2 + n;
+                    T *du1 = d_u + (row * 3 + x) * parts * n, *du2 = du1 + n, *du3 = du2 + n;
+#pragma omp simd
+                    for (int c = 0; c < n; ++c) {
+                        du1[c] = g[c] * (tu2[c] * out2[c] + u2[c] * t2[c]);
+                        du2[c] = g[c] * (tu1[c] * out2[c] + u1[c] * t2[c]);
+                    }
+                    T *turned = b_dot + (row * 3 + x) * n;
+                    if (parts == 3)
+#pragma omp simd
+                        for (int c = 0; c < n; ++c) {
+                            turned[c] = tu3[c] * out1[c] + u3[c] * t1[c];
+                            d1[c] += G[c] * tu3[c];
+                            du3[c] = G[c] * t1[c];
+                        }
+                }
+            }
         }
     }
 };

@@ -87,8 +87,9 @@ void accumulate(const Pairs &pairs, const std::array<Rows<T>, N> &outputs, Body 
     }
 }
 
-// F and D are the channels and the channels of one head where known at compile time, else 0.
-template <class T, int F, int D> struct Messages {
+// F and D are the channels and the channels of one head where known at compile time, else 0. Without VECTORS there is no
+// M (the last layer has no use for it): M, G and M-dot are not touched.
+template <class T, int F, int D, bool VECTORS> struct Messages {
     static constexpr int CHANNELS = F ? F : MAX_CHANNELS, HEADS = F ? F / D : MAX_CHANNELS;
     using Channels = T[CHANNELS];
     using PerHead = T[HEADS];
@@ -115,7 +116,7 @@ template <class T, int F, int D> struct Messages {
 
     void forward(T *m, T *M) const {
         const int n = channels();
-        accumulate<T, 2>(pairs, {{{m, n, 0}, {M, 3 * n, 0}}}, [&](const Part &part, const auto &out) {
+        accumulate<T, 2>(pairs, {{{m, n, 0}, {M, VECTORS ? 3 * n : 0, 0}}}, [&](const Part &part, const auto &out) {
             for (int64_t i = part.begin; i < part.end; ++i)
                 for (int64_t p = pairs.first[i]; p < pairs.first[i + 1]; ++p) {
                     const int64_t j = pairs.other[p];
@@ -141,9 +142,11 @@ template <class T, int F, int D> struct Messages {
         for (int c = 0; c < n; ++c) {
             const T w = v[c] * edge[c];
             m[c] += w * attention[c];
-            M[c] += w * ux;
-            M[n + c] += w * uy;
-            M[2 * n + c] += w * uz;
+            if (VECTORS) {
+                M[c] += w * ux;
+                M[n + c] += w * uy;
+                M[2 * n + c] += w * uz;
+            }
         }
     }
 
@@ -193,14 +196,17 @@ template <class T, int F, int D> struct Messages {
         spread_heads(on_a, ds);
 #pragma omp simd reduction(+ : dx, dy, dz)
         for (int c = 0; c < n; ++c) {
-            const T w = v[c] * edge[c], dw = g[c] * attention[c] + x[c] * ux + y[c] * uy + z[c] * uz;
+            const T w = v[c] * edge[c], from_M = VECTORS ? x[c] * ux + y[c] * uy + z[c] * uz : T(0);
+            const T dw = g[c] * attention[c] + from_M;
             dq[c] += ds[c] * k[c];
             dk[c] += ds[c] * q[c];
             dv[c] += dw * edge[c];
             de[c] += dw * v[c];
-            dx += x[c] * w;
-            dy += y[c] * w;
-            dz += z[c] * w;
+            if (VECTORS) {
+                dx += x[c] * w;
+                dy += y[c] * w;
+                dz += z[c] * w;
+            }
         }
         fu[0] += df;
         fu[1] += sign * dx;
@@ -219,7 +225,7 @@ template <class T, int F, int D> struct Messages {
     //     P = <g w.> att + <g w> att. + w. G.u + w G.u.
     void second(const T *g, const T *G, const Along &t, T *m_dot, T *M_dot, T *d_qkv, T *d_e, T *d_f, T *d_u) const {
         const int n = channels();
-        const std::array<Rows<T>, 3> outputs{{{d_qkv, 3 * n, 0}, {m_dot, n, 0}, {M_dot, 3 * n, 0}}};
+        const std::array<Rows<T>, 3> outputs{{{d_qkv, 3 * n, 0}, {m_dot, n, 0}, {M_dot, VECTORS ? 3 * n : 0, 0}}};
         accumulate<T, 3>(pairs, outputs, [&](const Part &part, const auto &out) {
             for (int64_t i = part.begin; i < part.end; ++i)
                 for (int64_t p = pairs.first[i]; p < pairs.first[i + 1]; ++p) {
@@ -273,19 +279,22 @@ template <class T, int F, int D> struct Messages {
 #pragma omp simd reduction(+ : dx, dy, dz)
         for (int c = 0; c < n; ++c) {
             const T w = v[c] * edge[c], w_dot = tv[c] * edge[c] + v[c] * te[c];
-            const T on_w_dot = g[c] * attention[c] + x[c] * ux + y[c] * uy + z[c] * uz;
-            const T on_w = g[c] * attention_dot[c] + x[c] * tx + y[c] * ty + z[c] * tz;
+            T on_w_dot = g[c] * attention[c], on_w = g[c] * attention_dot[c];
             m[c] += w_dot * attention[c] + w * attention_dot[c];
-            M[c] += w_dot * ux + w * tx;
-            M[n + c] += w_dot * uy + w * ty;
-            M[2 * n + c] += w_dot * uz + w * tz;
+            if (VECTORS) {
+                on_w_dot += x[c] * ux + y[c] * uy + z[c] * uz;
+                on_w += x[c] * tx + y[c] * ty + z[c] * tz;
+                M[c] += w_dot * ux + w * tx;
+                M[n + c] += w_dot * uy + w * ty;
+                M[2 * n + c] += w_dot * uz + w * tz;
+                dx += x[c] * w_dot;
+                dy += y[c] * w_dot;
+                dz += z[c] * w_dot;
+            }
             dq[c] += on_s[c] * k[c] + on_s_dot[c] * tk[c];
             dk[c] += on_s[c] * q[c] + on_s_dot[c] * tq[c];
             dv[c] += on_w_dot * te[c] + on_w * edge[c];
             de[c] += on_w_dot * tv[c] + on_w * v[c];
-            dx += x[c] * w_dot;
-            dy += y[c] * w_dot;
-            dz += z[c] * w_dot;
         }
         fu[0] += df;
         fu[1] += sign * dx;

@@ -97,8 +97,8 @@ def test_native_messages_equal_the_plain_ones(channels, heads, n_atoms, n_pairs,
 def test_native_messages_pass_gradcheck_and_gradgradcheck():
     pairs = pairs_of(*full_list(4, 5, seed=3), 4, channels=4, heads=2)
     tensors = inputs(4, 5, 4, seed=4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: fused.messages(*x, pairs), tensors)
-    assert torch.autograd.gradgradcheck(lambda *x: fused.messages(*x, pairs), tensors)
+    assert torch.autograd.gradcheck(lambda *x: fused.messages(*x, pairs, vectors=True), tensors)
+    assert torch.autograd.gradgradcheck(lambda *x: fused.messages(*x, pairs, vectors=True), tensors)
 
 
 @native
