@@ -84,8 +84,9 @@ def _one_box(
     """Simulate one box; return its structures and, where it did not run to its end, the first line of the reason."""
     counts, density = random_liquid(generator, n_atoms=config.n_atoms, scale=config.density_scale, max_solvents=3)
     temperature_K = float(generator.uniform(*config.temperature_K))
+    seed = int(generator.integers(1, 2**31 - 1))
     try:
-        system = pack_box(counts, density_g_cm3=PACKING_SCALE * density, seed=int(generator.integers(1, 2**31 - 1)))
+        system = pack_box(counts, density_g_cm3=PACKING_SCALE * density, seed=seed)
     except InputError as error:
         return [], f"could not be packed: {str(error).splitlines()[0]}"
     names = molecule_names(counts)
@@ -93,7 +94,7 @@ def _one_box(
     structures: list[ase.Atoms] = []
     problem: str | None = None
     try:
-        for snapshot in _snapshots(force_field, config, system, density, temperature_K, recent=recent):
+        for snapshot in _snapshots(force_field, config, system, density, temperature_K, seed=seed, recent=recent):
             structures += _structures(snapshot, config, names, generator)
     except BambooError as error:
         # the last sound frames on the way to the failure are what the model must be taught
@@ -111,11 +112,12 @@ def _snapshots(
     density_g_cm3: float,
     temperature_K: float,
     *,
+    seed: int,
     recent: list[System],
 ) -> Iterator[System]:
     """Relax, squeeze to the density while warming up, then yield snapshots; ``recent`` collects frames on the way."""
     evaluator = Evaluator(force_field)
-    state = MDState.from_systems([system], temperature_K=temperature_K, seed=config.seed + 1)
+    state = MDState.from_systems([system], temperature_K=temperature_K, seed=seed)
     minimise(state, evaluator, max_steps=80, force_tolerance=0.5)
     state.draw_momenta(temperature_K)
     integrator = Langevin(timestep_fs=0.5, temperature_K=temperature_K, thermostat_time_fs=50.0)

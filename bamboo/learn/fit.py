@@ -34,35 +34,35 @@ class _Block(BaseModel):
 class NetworkBlock(_Block):
     """Size and kind of the network; see ``NetworkConfig``."""
 
-    channels: Annotated[int, Field(ge=4, le=512)] = 64
-    heads: Annotated[int, Field(ge=1, le=64)] = 16
-    layers: Annotated[int, Field(ge=2, le=8)] = 3
-    n_radial: Annotated[int, Field(ge=4, le=128)] = 32
+    channels: Annotated[int, Field(ge=4, le=512)] = NetworkConfig.channels
+    heads: Annotated[int, Field(ge=1, le=64)] = NetworkConfig.heads
+    layers: Annotated[int, Field(ge=2, le=8)] = NetworkConfig.layers
+    n_radial: Annotated[int, Field(ge=4, le=128)] = NetworkConfig.n_radial
     attention: Literal["get", "gedt"] = "get"
 
 
 class WeightsBlock(_Block):
     """Weights of the loss; see ``LossWeights``."""
 
-    forces: Annotated[float, Field(ge=0)] = 1.0
-    energy: Annotated[float, Field(ge=0)] = 1.0
-    charges: Annotated[float, Field(ge=0)] = 0.5
-    dipole: Annotated[float, Field(ge=0)] = 0.3
-    virial: Annotated[float, Field(ge=0)] = 1.0
-    raw_charge: Annotated[float, Field(ge=0)] = 1.0
+    forces: Annotated[float, Field(ge=0)] = LossWeights.forces
+    energy: Annotated[float, Field(ge=0)] = LossWeights.energy
+    charges: Annotated[float, Field(ge=0)] = LossWeights.charges
+    dipole: Annotated[float, Field(ge=0)] = LossWeights.dipole
+    virial: Annotated[float, Field(ge=0)] = LossWeights.virial
+    raw_charge: Annotated[float, Field(ge=0)] = LossWeights.raw_charge
 
 
 class LoopBlock(_Block):
     """How to optimise; see ``LoopConfig``."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 40
-    edges_per_batch: Annotated[int, Field(ge=10)] = 6000
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4.0e-3
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 1.0e-4
-    gradient_clip: Annotated[float, Field(gt=0)] = 10.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
-    save_seconds: Annotated[float, Field(gt=0)] = 120.0
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = LoopConfig.epochs
+    edges_per_batch: Annotated[int, Field(ge=10)] = LoopConfig.edges_per_batch
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = LoopConfig.learning_rate
+    warmup: Annotated[float, Field(ge=0, lt=1)] = LoopConfig.warmup
+    weight_decay: Annotated[float, Field(ge=0)] = LoopConfig.weight_decay
+    gradient_clip: Annotated[float, Field(gt=0)] = LoopConfig.gradient_clip
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = LoopConfig.ema_decay
+    save_seconds: Annotated[float, Field(gt=0)] = LoopConfig.save_seconds
 
 
 class TrainConfig(_Block):
