@@ -1,7 +1,8 @@
 """Sampling campaigns that survive being stopped: many independent jobs, a few worker processes, one growing dataset.
 
     python -m bamboo.quantum.campaign sample FOLDER            sample structures and label them with GFN2-xTB
-    python -m bamboo.quantum.campaign label FILE FOLDER        label the structures of an extended-XYZ file
+    python -m bamboo.quantum.campaign label FILE FOLDER        label structures of an extended-XYZ file or a dataset,
+                                                               with GFN2-xTB or (--method dft) with B3LYP
     python -m bamboo.quantum.campaign merge FOLDER... TARGET   merge finished folders into one HDF5 file
 
 Run the same command again to continue: finished jobs are skipped. Jobs come in a shuffled order, so whatever is
@@ -17,19 +18,23 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from bamboo.errors import BambooError, InputError
+from bamboo.errors import BambooError, InputError, suggest
 from bamboo.quantum.compositions import NAMES
 from bamboo.quantum.conformers import Library, build_library
 from bamboo.quantum.dataset import append_frames, count_table, merge_files, read_frames, write_frames
+from bamboo.quantum.dft import DFTLabeller
+from bamboo.quantum.labels import Labels
 from bamboo.quantum.sampling import RECIPES, Outcome, label_structure
+from bamboo.quantum.xtb import label_xtb
 from bamboo.system import System
 
 # Trajectories per recipe: about 11 500 small frames, 600 of 300 large clusters and 200 of periodic boxes.
@@ -38,16 +43,40 @@ MAX_SHARD_BYTES = 4_000_000
 LICENCE = "CC0-1.0"
 
 
+@dataclass(frozen=True)
+class Method:
+    """A method that labels given structures: what makes a labeller, which program it needs, and what it is."""
+
+    make: Callable[[], Callable[[System], Labels]]
+    program: str
+    description: str
+    periodic: bool
+
+
+METHODS = {
+    "gfn2": Method(lambda: label_xtb, "tblite", "GFN2-xTB, doi 10.1021/acs.jctc.8b01176", periodic=True),
+    "dft": Method(DFTLabeller, "pyscf", "B3LYP/def2-SVPD, density fitting, charges from the potential", periodic=False),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A structure to label, with what a ``Frame`` says about it."""
+
+    system: System
+    kind: str
+    sampling: str
+    temperature_K: float = float("nan")
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One trajectory: a recipe to run, or a given structure to label."""
+    """One trajectory: a recipe to run, or structures to label in the given order."""
 
     name: str
     recipe: str
-    structure: System | None = None
-    kind: str = ""
-    sampling: str = ""
-    temperature_K: float = float("nan")
+    structures: tuple[Structure, ...] = ()
+    method: str = "gfn2"
 
 
 def plan_jobs(plan: Mapping[str, int], *, seed: int) -> list[Job]:
@@ -59,29 +88,63 @@ def plan_jobs(plan: Mapping[str, int], *, seed: int) -> list[Job]:
     return [jobs[k] for k in np.random.default_rng(seed).permutation(len(jobs))]
 
 
-def structure_jobs(path: str | Path) -> list[Job]:
-    """List one job per structure of an extended-XYZ file, in a random order; structures of one run share a split.
+def structure_jobs(
+    path: str | Path, *, method: str = "gfn2", max_atoms: int | None = None, per_trajectory: int | None = None
+) -> list[Job]:
+    """List jobs, in a random order, that label the structures of an extended-XYZ file or of a dataset (.h5).
 
-    Read from each comment line, all optional: ``charge`` (total, e; default 0), ``kind`` (default periodic or large),
-    ``sampling`` (default liquid), ``trajectory`` (name of the run; default the file's), ``temperature_K``. A column
-    ``molecule`` is kept.
+    A dataset gives one job per trajectory, whose name, and with it the split, is kept. An extended-XYZ file gives one
+    job per structure; structures of one run share a split. Read from each comment line, all optional: ``charge``
+    (total, e; default 0), ``kind`` (default periodic or large), ``sampling`` (default liquid), ``trajectory`` (name of
+    the run; default the file's), ``temperature_K``. A column ``molecule`` is kept.
+
+    max_atoms       leave out larger structures; periodic ones are left out where the method cannot do them
+    per_trajectory  at most so many structures of each trajectory of a dataset, evenly spaced
     """
+    if method not in METHODS:
+        raise InputError(f"Unknown method '{method}'.{suggest(method, METHODS)} Expected: {', '.join(METHODS)}.")
+    if find_spec(METHODS[method].program) is None:
+        raise InputError(f"Method '{method}' needs {METHODS[method].program}. Run: pip install 'bamboo-md[qm]'")
+    groups = _dataset_structures(path) if Path(path).suffix == ".h5" else _extxyz_structures(path)
+    jobs = []
+    for name, members in groups.items():
+        kept = [
+            member
+            for member in members
+            if (max_atoms is None or member.system.n_atoms <= max_atoms)
+            and (METHODS[method].periodic or not member.system.pbc)
+        ]
+        if per_trajectory is not None and len(kept) > per_trajectory:
+            kept = [kept[k] for k in np.linspace(0, len(kept) - 1, per_trajectory).round().astype(int)]
+        if kept:
+            jobs.append(Job(name, "label", tuple(kept), method))
+    if not jobs:
+        raise InputError(f"{path}: no structures to label with method '{method}' and max_atoms {max_atoms}.")
+    return [jobs[k] for k in np.random.default_rng(0).permutation(len(jobs))]
+
+
+def _dataset_structures(path: str | Path) -> dict[str, list[Structure]]:
+    groups: dict[str, list[Structure]] = {}
+    for frame in read_frames(path):
+        structure = Structure(frame.system, frame.kind, frame.sampling, frame.temperature_K)
+        groups.setdefault(frame.trajectory, []).append(structure)
+    return groups
+
+
+def _extxyz_structures(path: str | Path) -> dict[str, list[Structure]]:
     from ase.io import iread
 
-    jobs = []
+    groups = {}
     for k, atoms in enumerate(iread(path, index=":", format="extxyz")):
         system, info = System.from_atoms(atoms), atoms.info
-        trajectory = str(info.get("trajectory", Path(path).stem))
-        job = Job(
-            f"{trajectory}/{k:05d}",
-            "label",
-            structure=system,
+        structure = Structure(
+            system,
             kind=str(info.get("kind", "periodic" if system.pbc else "large")),
             sampling=str(info.get("sampling", "liquid")),
             temperature_K=float(info.get("temperature_K", float("nan"))),
         )
-        jobs.append(job)
-    return [jobs[k] for k in np.random.default_rng(0).permutation(len(jobs))]
+        groups[f"{info.get('trajectory', Path(path).stem)}/{k:05d}"] = [structure]
+    return groups
 
 
 def run_campaign(jobs: Sequence[Job], folder: str | Path, *, workers: int, seed: int, library: bool = True) -> None:
@@ -149,12 +212,12 @@ def summary(folder: str | Path) -> str:
     return "\n".join(lines)
 
 
-def provenance() -> dict[str, str]:
+def provenance(method: str = "gfn2") -> dict[str, str]:
     """Return the attributes written with the data: what computed it, how it was called, under which licence."""
-    programs = ("tblite", "ase", "rdkit", "packmol", "numpy", "h5py", "bamboo-md")
+    programs = (METHODS[method].program, "ase", "rdkit", "packmol", "numpy", "h5py", "bamboo-md")
     return {
         "programs": ", ".join(f"{name} {version(name)}" for name in programs),
-        "method": "GFN2-xTB, doi 10.1021/acs.jctc.8b01176",
+        "method": METHODS[method].description,
         "command": shlex.join(["bamboo.quantum.campaign", *sys.argv[1:2]]),
         "licence": LICENCE,
     }
@@ -176,14 +239,23 @@ def _run_job(job: Job) -> tuple[Outcome, float]:
     outcome = Outcome(job.name)
     digest = hashlib.sha256(job.name.encode()).digest()
     generator = np.random.default_rng([_SEED, int.from_bytes(digest[:8], "big")])
-    if job.structure is not None:
-        label_structure(job.structure, outcome, kind=job.kind, sampling=job.sampling, temperature_K=job.temperature_K)
-    elif _LIBRARY is not None:
-        try:
+    try:
+        if job.structures:
+            label = METHODS[job.method].make()
+            for structure in job.structures:
+                label_structure(
+                    structure.system,
+                    outcome,
+                    kind=structure.kind,
+                    sampling=structure.sampling,
+                    temperature_K=structure.temperature_K,
+                    method=label,
+                )
+        elif _LIBRARY is not None:
             RECIPES[job.recipe](generator, _LIBRARY, outcome)
-        except InputError as error:  # a composition that cannot be packed must not end the campaign
-            print(f"{job.name}: {error}", file=sys.stderr, flush=True)
-            outcome.rejected += 1
+    except InputError as error:  # a composition that cannot be packed must not end the campaign
+        print(f"{job.name}: {error}", file=sys.stderr, flush=True)
+        outcome.rejected += 1
     return outcome, time.monotonic() - begin
 
 
@@ -192,7 +264,7 @@ def _record(folder: Path, job: Job, outcome: Outcome, seconds: float) -> None:
     if outcome.frames:
         shards = sorted(folder.glob("shard-*.h5"))
         if not shards or shards[-1].stat().st_size > MAX_SHARD_BYTES:
-            write_frames(folder / f"shard-{len(shards):03d}.h5", outcome.frames, provenance=provenance())
+            write_frames(folder / f"shard-{len(shards):03d}.h5", outcome.frames, provenance=provenance(job.method))
         else:
             append_frames(shards[-1], outcome.frames)
     entry = {"job": job.name, "recipe": job.recipe, "frames": len(outcome.frames), "seconds": round(seconds, 2)}
@@ -206,9 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bamboo.quantum.campaign", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sample = commands.add_parser("sample", help="sample and label structures")
-    label = commands.add_parser("label", help="label the structures of an extended-XYZ file")
+    label = commands.add_parser("label", help="label the structures of an extended-XYZ file or a dataset")
     merge = commands.add_parser("merge", help="merge campaign folders or HDF5 files into one file")
     label.add_argument("structures", type=Path)
+    label.add_argument("--method", choices=list(METHODS), default="gfn2")
+    label.add_argument("--max-atoms", type=int, default=None, help="leave out larger structures")
+    label.add_argument("--per-trajectory", type=int, default=None, help="at most so many of each trajectory")
     for command in (sample, label):
         command.add_argument("folder", type=Path)
         command.add_argument("--workers", type=int, default=2)
@@ -226,7 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         sampled = options.command == "sample"
         plan = {recipe: round(count * options.scale) for recipe, count in PLAN.items()} if sampled else {}
-        jobs = plan_jobs(plan, seed=options.seed) if sampled else structure_jobs(options.structures)
+        if sampled:
+            jobs = plan_jobs(plan, seed=options.seed)
+        else:
+            limits = {"max_atoms": options.max_atoms, "per_trajectory": options.per_trajectory}
+            jobs = structure_jobs(options.structures, method=options.method, **limits)
         run_campaign(jobs, options.folder, workers=options.workers, seed=options.seed, library=sampled)
         print(summary(options.folder))
     except BambooError as error:

@@ -57,6 +57,23 @@ class DFTResult:
     cycles: int
 
 
+class DFTLabeller:
+    """Label structures one after another, each from the density of the one before where it has the same atoms.
+
+    ``last`` is the newest result. Frames of one trajectory, in their order, need the fewest cycles.
+    """
+
+    def __init__(self, *, grid_level: int = GRID_LEVEL, basis: str = BASIS) -> None:
+        self.grid_level, self.basis = grid_level, basis
+        self.last: DFTResult | None = None
+
+    def __call__(self, system: System) -> Labels:
+        """Return the labels of one structure; errors as of ``label_dft``."""
+        guess = self.last.guess if self.last is not None and self.last.guess.fits(system, basis=self.basis) else None
+        self.last = label_dft(system, guess=guess, grid_level=self.grid_level, basis=self.basis)
+        return self.last.labels
+
+
 def label_dft(
     system: System,
     *,

@@ -221,9 +221,17 @@ def sample_periodic(generator: np.random.Generator, library: Library, outcome: O
     outcome.rejected += 1
 
 
-def label_structure(system: System, outcome: Outcome, *, kind: str, sampling: str, temperature_K: float) -> None:
+def label_structure(
+    system: System,
+    outcome: Outcome,
+    *,
+    kind: str,
+    sampling: str,
+    temperature_K: float,
+    method: Callable[[System], Labels] = label_xtb,
+) -> None:
     """Label a given structure as it is."""
-    labels = _label_or_count(outcome, system)
+    labels = _label_or_count(outcome, system, method)
     if labels is not None:
         rounded = replace(system, positions=round_positions(system.positions))
         outcome.add(rounded, labels, kind=kind, sampling=sampling, temperature_K=temperature_K)
@@ -302,9 +310,9 @@ def _label_into(outcome: Outcome, system: System, *, kind: str, sampling: str) -
         outcome.add(replace(system, positions=round_positions(system.positions)), labels, kind=kind, sampling=sampling)
 
 
-def _label_or_count(outcome: Outcome, system: System) -> Labels | None:
+def _label_or_count(outcome: Outcome, system: System, method: Callable[[System], Labels] = label_xtb) -> Labels | None:
     try:
-        return label_xtb(system)
+        return method(system)
     except FAILURES:
         outcome.unconverged += 1
         return None

@@ -9,10 +9,13 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from bamboo.errors import InputError
+from bamboo.quantum import campaign
 from bamboo.quantum import dft as labeller
-from bamboo.quantum.dataset import round_positions
-from bamboo.quantum.dft import DFTResult, label_dft
+from bamboo.quantum.campaign import structure_jobs
+from bamboo.quantum.dataset import Frame, read_frames, read_provenance, round_positions, write_frames
+from bamboo.quantum.dft import DFTLabeller, DFTResult, label_dft
 from bamboo.quantum.esp import fit_charges, potential_points
+from bamboo.quantum.labels import Labels
 from bamboo.quantum.xtb import UnconvergedError
 from bamboo.system import System
 from bamboo.units import BOHR, COULOMB_CONSTANT, DEBYE, HARTREE
@@ -111,6 +114,42 @@ def test_guess_saves_cycles_and_leaves_the_energy():
     np.testing.assert_allclose(guided.labels.forces, plain.labels.forces, atol=1.0e-3)
 
 
+def test_campaign_relabels_the_clusters_of_a_dataset(tmp_path):
+    """Frames keep trajectory, kind and split; boxes and large clusters are left out; densities are handed on."""
+    run = "dynamics-1-00007"
+    stretched = [replace(cluster(BENT), positions=cluster(BENT).positions * scale) for scale in (1.0, 1.01, 1.02)]
+    box = replace(cluster(BENT), cell=np.eye(3) * 9.0, pbc=True)
+    old = Labels("GFN2-xTB", -1.0, np.zeros((3, 3)))
+    frames = [Frame(system, old, "neutral", "dynamics", run, 300.0) for system in stretched]
+    frames += [Frame(box, old, "periodic", "packed", "periodic-1", 300.0)]
+    larger = Labels("GFN2-xTB", -1.0, np.zeros((4, 3)))
+    frames += [Frame(cluster(HYDRATED_LITHIUM, 1.0), larger, "lithium", "scan", "scan-1")]
+    write_frames(tmp_path / "gfn2.h5", frames)
+    (job,) = structure_jobs(tmp_path / "gfn2.h5", method="dft", max_atoms=3, per_trajectory=2)
+    outcome, _ = campaign._run_job(job)
+    campaign._record(tmp_path, job, outcome, 1.0)
+    first, second = read_frames(tmp_path / "shard-000.h5")
+    assert (first.trajectory, first.kind, first.split, first.temperature_K) == (run, "neutral", frames[0].split, 300.0)
+    np.testing.assert_array_equal(second.system.positions, round_positions(stretched[2].positions))
+    assert first.labels.level == "B3LYP/def2-SVPD, RI, grid 2"
+    assert first.labels.energy == pytest.approx(bent_water().labels.energy, abs=1.0e-6 * HARTREE)
+    assert "B3LYP" in read_provenance(tmp_path / "shard-000.h5")["method"]
+    with pytest.raises(InputError, match="Did you mean 'dft'"):
+        structure_jobs(tmp_path / "gfn2.h5", method="dtf")
+    with pytest.raises(InputError, match="no structures"):
+        structure_jobs(tmp_path / "gfn2.h5", method="dft", max_atoms=2)
+
+
+def test_labeller_hands_the_density_on():
+    label = DFTLabeller()
+    label(cluster(BENT))
+    assert label.last is not None
+    first = label.last.cycles
+    label(replace(cluster(BENT), positions=cluster(BENT).positions * 1.005))
+    assert label.last.cycles < first
+    label(cluster(LITHIUM_FLUORIDE))  # other atoms: starts afresh
+
+
 def test_grid_is_fine_enough_for_a_lithium_ion_at_its_neighbour():
     """Level 2 against level 5, in the orientation that PySCF's default partition gets wrong by 38 meV/Å."""
     coarse, fine = (label_dft(cluster(LITHIUM_FLUORIDE), grid_level=level).labels for level in (2, 5))
@@ -182,7 +221,7 @@ def test_unconverged_loop_goes_to_second_order_and_then_gives_up(monkeypatch):
     from bamboo.quantum import kohn_sham
 
     solve = kohn_sham.solve
-    monkeypatch.setattr(kohn_sham, "solve", lambda *args, **names: solve(*args, **names, max_cycles=3))
+    monkeypatch.setattr(kohn_sham, "solve", lambda *args, **names: solve(*args, **names, max_cycles=1))
     rescued = label_dft(cluster(BENT))
     assert rescued.labels.energy == pytest.approx(bent_water().labels.energy, abs=1.0e-6 * HARTREE)
     np.testing.assert_allclose(rescued.labels.forces, bent_water().labels.forces, atol=1.0e-3)
