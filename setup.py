@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-BASE = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
+BASE = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
 BASE += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # vectorised loops; no sum is reordered
 # the first set of flags that the compiler takes is used: not every compiler knows OpenMP or -march=native
 ATTEMPTS = (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], [])
@@ -26,10 +26,10 @@ class BuildNative(build_ext):
             try:
                 super().build_extension(extension)
             except Exception as error:  # whatever the compiler or its absence raises, the package works without
-                reason = error
+                reason = str(error)
             else:
                 return
-        print(f"bamboo: {extension.name} was not built ({reason}); the package works without it, but slower.")
+        print(f"bamboo: {extension.name} was not built ({reason[:80]}); the package works without it, but slower.")
 
     def get_export_symbols(self, extension: Extension) -> list[str]:
         """Return no symbol: this is a plain library, not a Python module."""

@@ -91,5 +91,5 @@ def choose(force_field: ForceField, name: str = "auto", *, device: torch.device)
     except EngineUnavailableError as error:
         if name == "native":
             raise InputError(f"engine 'native' cannot be used: {error}.") from error
-        _warn_once(f"Native engine not used: {error}. The reference engine gives the same numbers 20-50 times slower.")
+        _warn_once(f"Native engine not used: {error}. The reference engine is about ten times slower.")
         return ReferenceEngine(force_field)

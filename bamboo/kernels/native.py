@@ -31,6 +31,7 @@ TERMS = ("network", "electrostatic", "electronegativity", "dispersion", "repulsi
 # intervals and degree of the polynomial tables: error below 1e-7 (float32) and 1e-12 (float64) of the largest value
 FEATURE_TABLE = {torch.float32: (256, 4), torch.float64: (256, 9)}
 COULOMB_TABLE = (1024, 5)
+INTERFACE = 1  # of the library, source/native.cpp
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(found[0]))
     except OSError as error:
         raise EngineUnavailableError(f"the library does not load: {error}") from error
+    if not hasattr(loaded, "bamboo_interface") or loaded.bamboo_interface() != INTERFACE:
+        raise EngineUnavailableError("it was built from other sources; reinstall bamboo-md")
     loaded.bamboo_missing_instructions.restype = ctypes.c_char_p
     missing = loaded.bamboo_missing_instructions().decode()
     if missing:

@@ -66,6 +66,7 @@ struct Lanes {
         const vector r = (x - n * Bits<real>::ln2_high) - n * Bits<real>::ln2_low;
         const vector r2 = r * r;  // even and odd powers apart: half as long a chain of dependent operations
         vector even = all(inverse_factorial(degree - 1)), odd = all(inverse_factorial(degree));
+#pragma GCC unroll 8
         for (int k = degree - 2; k > 0; k -= 2) {
             odd = odd * r2 + inverse_factorial(k);
             even = even * r2 + inverse_factorial(k - 1);
@@ -78,6 +79,7 @@ struct Lanes {
     static BAMBOO_INLINE vector sine(vector y) {
         const vector y2 = y * y;
         vector series = all(inverse_factorial(19));
+#pragma GCC unroll 9
         for (int k = 17; k > 0; k -= 2) series = inverse_factorial(k) - series * y2;
         return series * y;
     }

@@ -52,6 +52,9 @@ Cell cell_from(const double* values) {
 
 }  // namespace
 
+// Raised whenever a function below changes its arguments; native.py refuses a library of another age.
+EXPORT int bamboo_interface() { return 1; }
+
 EXPORT const char* bamboo_message() { return message.c_str(); }
 
 // Empty where this processor has every instruction set that the library was built for, else the name of a missing one.

@@ -1,4 +1,4 @@
-// Energies that are sums over pairs: damped Coulomb (METHOD 4), D3-CSO dispersion (METHOD 5), short-range repulsion.
+// Energies that are sums over pairs: damped Coulomb, D3-CSO dispersion, short-range repulsion.
 #pragma once
 
 #include <algorithm>
