@@ -228,9 +228,9 @@ def label_structure(
     kind: str,
     sampling: str,
     temperature_K: float,
-    method: Callable[[System], Labels] = label_xtb,
+    method: Callable[[System], Labels] | None = None,
 ) -> None:
-    """Label a given structure as it is."""
+    """Label a given structure as it is, with GFN2-xTB where no other method is given."""
     labels = _label_or_count(outcome, system, method)
     if labels is not None:
         rounded = replace(system, positions=round_positions(system.positions))
@@ -310,9 +310,11 @@ def _label_into(outcome: Outcome, system: System, *, kind: str, sampling: str) -
         outcome.add(replace(system, positions=round_positions(system.positions)), labels, kind=kind, sampling=sampling)
 
 
-def _label_or_count(outcome: Outcome, system: System, method: Callable[[System], Labels] = label_xtb) -> Labels | None:
+def _label_or_count(
+    outcome: Outcome, system: System, method: Callable[[System], Labels] | None = None
+) -> Labels | None:
     try:
-        return method(system)
+        return (method or label_xtb)(system)
     except FAILURES:
         outcome.unconverged += 1
         return None
