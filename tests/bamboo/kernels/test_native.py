@@ -169,12 +169,13 @@ def test_lists_hold_for_the_whole_skin(make_force_field, make_box, make_cluster,
 @needs_library
 def test_same_bits_again_and_after_reset(make_force_field, make_box, monkeypatch):
     monkeypatch.setattr(native, "_threads", lambda n_atoms: 2)
-    field, batch = make_force_field().to_dtype(torch.float32), Batch.from_systems([make_box(7), make_box(8)])
+    boxes = [make_box(7, cell=9.4 * np.eye(3)), make_box(8)]
+    field, batch = make_force_field().to_dtype(torch.float32), Batch.from_systems(boxes)
     evaluator = Evaluator(field, engine="native")
     first = evaluator.evaluate(batch)
     again = evaluator.evaluate(batch)
-    elsewhere = replace(batch, positions=batch.positions + 0.2 * torch.sin(batch.positions))
-    evaluator.evaluate(elsewhere)
+    evaluator.evaluate(replace(batch, positions=1.1 * batch.positions, cell=1.1 * batch.cell))  # leaves another mesh
+    assert not torch.equal(evaluator.evaluate(batch).forces, first.forces)
     evaluator.reset()
     for output in (again, evaluator.evaluate(batch)):
         assert torch.equal(output.forces, first.forces)
