@@ -1,6 +1,7 @@
 // What the network is made of besides messages: parameters by name, linear layers, heads, what is kept per atom.
 #pragma once
 
+#include <initializer_list>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -30,6 +31,37 @@ class Parameters {
 template <typename real>
 std::vector<real> converted(const std::vector<double>& values) {
     return std::vector<real>(values.begin(), values.end());
+}
+
+// Stored channel -> channel of the model file, heads innermost (messages.h).
+struct ChannelOrder {
+    std::vector<int> natural, query, value, qkv;
+
+    ChannelOrder(int channels, int heads, int halves) : natural(channels), query(channels), value(channels) {
+        const int per_head = channels / heads, lanes = heads * halves;
+        for (int stored = 0; stored < channels; ++stored) {
+            const int d = stored / lanes, half = stored % lanes / heads, head = stored % heads;
+            natural[stored] = stored;
+            query[stored] = head * per_head + half * (per_head / halves) + d;
+            value[stored] = head * per_head + d * halves + half;
+        }
+        int part = 0;  // in the file q, k, v of one head are contiguous
+        for (const std::vector<int>* order : {&query, &query, &value}) {
+            for (int channel : *order)
+                qkv.push_back(channel / per_head * 3 * per_head + part * per_head + channel % per_head);
+            ++part;
+        }
+    }
+};
+
+// The orders of several groups of F outputs, one after the other.
+inline std::vector<int> joined(std::initializer_list<const std::vector<int>*> orders) {
+    std::vector<int> all;
+    for (const std::vector<int>* order : orders) {
+        const int offset = int(all.size());
+        for (int channel : *order) all.push_back(offset + channel);
+    }
+    return all;
 }
 
 // A linear layer, forward and transposed.
@@ -112,6 +144,29 @@ struct Activations {
     Buffer<real> energy, charge;                    // (n,)    outputs of the two heads
     Buffer<real> energy_gradient, charge_gradient;  // (n, F)  with respect to the last h
     Buffer<real> dh;                                // (n, F)
+
+    void reserve(const std::vector<Layer<real>>& of, size_t n, int F, bool gated);
 };
+
+template <typename real>
+void Activations<real>::reserve(const std::vector<Layer<real>>& of, size_t n, int F, bool gated) {
+    if (layers.size() != of.size()) layers = std::vector<PerLayer>(of.size());
+    for (Buffer<real>* buffer : {&h, &dh, &energy_gradient, &charge_gradient}) buffer->reserve(n * F);
+    for (Buffer<real>* buffer : {&energy, &charge}) buffer->reserve(n);
+    V.reserve(n * 3 * F);
+    for (size_t l = 0; l < of.size(); ++l) {
+        PerLayer& saved = layers[l];
+        const int width = of[l].parts() * F;
+        saved.o.reserve(n * width);
+        saved.dm.reserve(n * F);
+        if (of[l].writes_vectors) saved.dM.reserve(n * 3 * F);
+        if (gated) saved.gate_slope.reserve(n * F);
+        if (l == 0) continue;  // its q, k, v belong to the elements, and no vectors come in
+        saved.qkv.reserve(n * 3 * F);
+        saved.normed.reserve(n * F);
+        saved.rstd.reserve(n);
+        saved.U.reserve(n * 3 * width);
+    }
+}
 
 }  // namespace bamboo

@@ -53,7 +53,13 @@ class Neighborhood {
 
   private:
     void place(int32_t n, const double* positions, Cell cell, bool periodic, double reach);
+    void choose_bins(int32_t n, bool periodic, double reach, const std::array<double, 3>& margin);
+    void add_images(int32_t atom, const std::array<double, 3>& fraction, bool periodic,
+                    const std::array<double, 3>& margin);
     void sort_images();
+    std::array<int32_t, 3> place_of(int32_t bin) const {
+        return {bin / (bins_[1] * bins_[2]), bin / bins_[2] % bins_[1], bin % bins_[2]};
+    }
     void search(double edge_reach, double dispersion_reach, int threads);
     void append(int32_t at, int32_t begin, int32_t end, double reach, std::vector<double>& square,
                 std::vector<int32_t>& to) const;
@@ -84,9 +90,9 @@ inline void Neighborhood::build(int32_t n, const double* positions, const Cell& 
     search(edge_reach, dispersion_reach, threads);
 }
 
-// Wrap the atoms, choose bins about a third of the reach wide, and list every image within reach of the cell.
+// Wrap the atoms and list every image within reach of the cell.
 inline void Neighborhood::place(int32_t n, const double* positions, Cell cell, bool periodic, double reach) {
-    std::array<double, 3> origin = {0, 0, 0};
+    std::array<double, 3> origin = {0, 0, 0}, margin;
     if (!periodic) {  // the bounding box serves as a cell without copies
         for (int d = 0; d < 3; ++d) {
             double low = positions[d], high = positions[d];
@@ -101,30 +107,15 @@ inline void Neighborhood::place(int32_t n, const double* positions, Cell cell, b
     }
     double volume;
     const Cell inverse = inverse_of(cell, volume);
-    std::array<double, 3> margin;  // reach as a fraction of the height of the cell
-    for (int d = 0; d < 3; ++d) {
-        margin[d] = reach * std::sqrt(dot(inverse[d], inverse[d]));
-        inner_[d] = int32_t(std::clamp(std::floor(3.0 / margin[d]), 1.0, 1024.0));
-    }
-    while (int64_t(inner_[0]) * inner_[1] * inner_[2] > std::max<int64_t>(4096, n)) {  // nearly empty boxes
-        int32_t& largest = *std::max_element(inner_.begin(), inner_.end());
-        largest = (largest + 1) / 2;
-    }
-    std::array<int32_t, 3> copies;
-    for (int d = 0; d < 3; ++d) {
-        bins_per_length_[d] = margin[d] / reach * inner_[d];
-        border_[d] = periodic ? int32_t(std::ceil(margin[d] * inner_[d])) : 0;
-        copies[d] = periodic ? int32_t(std::ceil(margin[d])) : 0;
-        bins_[d] = inner_[d] + 2 * border_[d];
-    }
+    for (int d = 0; d < 3; ++d) margin[d] = reach * std::sqrt(dot(inverse[d], inverse[d]));
+    choose_bins(n, periodic, reach, margin);
     cell_ = cell;
     wrapped_.resize(n);
     wrap_.resize(n);
     images_.clear();
     for (int32_t i = 0; i < n; ++i) {
-        const std::array<double, 3> r = {positions[3 * i] - origin[0], positions[3 * i + 1] - origin[1],
-                                         positions[3 * i + 2] - origin[2]};
-        std::array<double, 3> fraction;
+        std::array<double, 3> r, fraction;
+        for (int d = 0; d < 3; ++d) r[d] = positions[3 * i + d] - origin[d];
         for (int d = 0; d < 3; ++d) {
             fraction[d] = dot(inverse[d], r);
             const double whole = periodic ? std::floor(fraction[d]) : 0.0;
@@ -135,28 +126,49 @@ inline void Neighborhood::place(int32_t n, const double* positions, Cell cell, b
             wrapped_[i][d] = r[d];
             for (int e = 0; e < 3; ++e) wrapped_[i][d] -= wrap_[i][e] * cell[e][d];
         }
-        std::array<int32_t, 3> s;
-        auto bin_along = [&](int d) {
-            const int32_t inside = std::clamp(int32_t(fraction[d] * inner_[d]), 0, inner_[d] - 1);
-            return std::clamp(inside + s[d] * inner_[d] + border_[d], 0, bins_[d] - 1);
-        };
-        auto far = [&](int d) { return periodic && std::abs(fraction[d] + s[d] - 0.5) > 0.5 + margin[d]; };
-        for (s[0] = -copies[0]; s[0] <= copies[0]; ++s[0]) {
-            if (far(0)) continue;
-            for (s[1] = -copies[1]; s[1] <= copies[1]; ++s[1]) {
-                if (far(1)) continue;
-                for (s[2] = -copies[2]; s[2] <= copies[2]; ++s[2])
-                    if (!far(2)) images_.push_back({(bin_along(0) * bins_[1] + bin_along(1)) * bins_[2] + bin_along(2), i, s});
-            }
+        add_images(i, fraction, periodic, margin);
+    }
+}
+
+// Bins about a third of the reach wide, fewer in nearly empty boxes; margin: reach as a fraction of the cell's heights.
+inline void Neighborhood::choose_bins(int32_t n, bool periodic, double reach, const std::array<double, 3>& margin) {
+    for (int d = 0; d < 3; ++d) inner_[d] = int32_t(std::clamp(std::floor(3.0 / margin[d]), 1.0, 1024.0));
+    while (int64_t(inner_[0]) * inner_[1] * inner_[2] > std::max<int64_t>(4096, n)) {
+        int32_t& largest = *std::max_element(inner_.begin(), inner_.end());
+        largest = (largest + 1) / 2;
+    }
+    for (int d = 0; d < 3; ++d) {
+        bins_per_length_[d] = margin[d] / reach * inner_[d];
+        border_[d] = periodic ? int32_t(std::ceil(margin[d] * inner_[d])) : 0;
+        bins_[d] = inner_[d] + 2 * border_[d];
+    }
+}
+
+inline void Neighborhood::add_images(int32_t atom, const std::array<double, 3>& fraction, bool periodic,
+                                     const std::array<double, 3>& margin) {
+    std::array<int32_t, 3> s, copies;
+    for (int d = 0; d < 3; ++d) copies[d] = periodic ? int32_t(std::ceil(margin[d])) : 0;
+    auto far = [&](int d) { return periodic && std::abs(fraction[d] + s[d] - 0.5) > 0.5 + margin[d]; };
+    auto bin = [&](int d) {
+        const int32_t inside = std::clamp(int32_t(fraction[d] * inner_[d]), 0, inner_[d] - 1);
+        return std::clamp(inside + s[d] * inner_[d] + border_[d], 0, bins_[d] - 1);
+    };
+    for (s[0] = -copies[0]; s[0] <= copies[0]; ++s[0]) {
+        if (far(0)) continue;
+        for (s[1] = -copies[1]; s[1] <= copies[1]; ++s[1]) {
+            if (far(1)) continue;
+            for (s[2] = -copies[2]; s[2] <= copies[2]; ++s[2])
+                if (!far(2)) images_.push_back({(bin(0) * bins_[1] + bin(1)) * bins_[2] + bin(2), atom, s});
         }
     }
 }
 
 // interleave the bits of a bin's three indices: Morton's space-filling curve
-inline uint64_t morton(uint32_t a, uint32_t b, uint32_t c) {
+inline uint64_t morton(const std::array<int32_t, 3>& bin) {
+    const uint32_t a = bin[0], b = bin[1], c = bin[2];
     uint64_t code = 0;
     for (int bit = 0; bit < 20; ++bit)
-        code |= uint64_t(a >> bit & 1) << (3 * bit + 2) | uint64_t(b >> bit & 1) << (3 * bit + 1) | uint64_t(c >> bit & 1) << (3 * bit);
+        code |= (uint64_t(a >> bit & 1) << 2 | uint64_t(b >> bit & 1) << 1 | uint64_t(c >> bit & 1)) << (3 * bit);
     return code;
 }
 
@@ -166,7 +178,7 @@ inline void Neighborhood::sort_images() {
     std::vector<uint64_t> code(n);
     for (const Image& image : images_)
         if (image.shift == std::array<int32_t, 3>{0, 0, 0})
-            code[image.atom] = morton(image.bin / (bins_[1] * bins_[2]), image.bin / bins_[2] % bins_[1], image.bin % bins_[2]);
+            code[image.atom] = morton(place_of(image.bin));
     order.resize(n);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return code[a] < code[b]; });
@@ -217,9 +229,9 @@ inline void Neighborhood::search(double edge_reach, double dispersion_reach, int
         found.dispersion.clear();
         for (int32_t i = first_row(thread); i < first_row(thread + 1); ++i) {
             const int32_t at = home[i];
-            const int32_t bin = int32_t(std::upper_bound(bin_start_.begin(), bin_start_.end(), at) - bin_start_.begin()) - 1;
-            const int32_t a = bin / (bins_[1] * bins_[2]), b = bin / bins_[2] % bins_[1], c = bin % bins_[2];
-            auto visit = [&](const std::array<int32_t, 3>& range, auto action) {
+            const auto next_bin = std::upper_bound(bin_start_.begin(), bin_start_.end(), at);
+            const auto [a, b, c] = place_of(int32_t(next_bin - bin_start_.begin()) - 1);
+            auto visit = [&, a = a, b = b, c = c](const std::array<int32_t, 3>& range, auto action) {
                 const int32_t low = std::max(c - range[2], 0), high = std::min(c + range[2], bins_[2] - 1);
                 for (int32_t p = std::max(a - range[0], 0); p <= std::min(a + range[0], bins_[0] - 1); ++p)
                     for (int32_t q = std::max(b - range[1], 0); q <= std::min(b + range[1], bins_[1] - 1); ++q) {

@@ -23,7 +23,8 @@ class Mesh {
     void locate(int32_t n, const double* positions, const Cell& cell, int threads);
     void spread(const double* charges, double* nodes, int threads) const;
     // multiplies the half spectrum (size0, size1, size2/2 + 1) by G; returns the energy and fills the virial
-    double convolve(std::complex<double>* spectrum, const std::array<const double*, 3>& c, double* virial, int threads) const;
+    double convolve(std::complex<double>* spectrum, const std::array<const double*, 3>& c, double* virial,
+                    int threads) const;
     // potential (n,) and its gradient (n, 3) from the transformed-back mesh
     void gather(const double* nodes, double* potential, double* gradient, int threads) const;
     double volume() const { return volume_; }
@@ -84,7 +85,7 @@ inline void Mesh::spread(const double* charges, double* nodes, int threads) cons
     const size_t plane = size_t(size[1]) * size[2];
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {
-        const int32_t begin = int32_t(int64_t(size[0]) * thread / threads), end = int32_t(int64_t(size[0]) * (thread + 1) / threads);
+        const int32_t begin = size[0] * thread / threads, end = size[0] * (thread + 1) / threads;
         std::fill(nodes + begin * plane, nodes + end * plane, 0.0);
         for (int32_t i = 0; i < n_; ++i) {
             const Site& site = sites_[i];
@@ -126,7 +127,8 @@ inline void Mesh::gather(const double* nodes, double* potential, double* gradien
             }
         }
         const V::vector weight = V::load(site.weight[2]);
-        const double slope[3] = {V::sum(du[0] * weight), V::sum(du[1] * weight), V::sum(value * V::load(site.slope[2]))};
+        const V::vector weight_slope = V::load(site.slope[2]);
+        const double slope[3] = {V::sum(du[0] * weight), V::sum(du[1] * weight), V::sum(value * weight_slope)};
         potential[i] = V::sum(value * weight);
         for (int x = 0; x < 3; ++x) {
             gradient[3 * i + x] = 0;

@@ -1,6 +1,7 @@
 // The messages of one layer, for one atom at a time: attention, sum over neighbours, and its hand-derived backward.
 //
-// Gong et al. (2025):  a_ij = SiLU(sum_d q_i k_j) f(r_ij) per head;  m_i = sum_j v_j e_ij a_ij;  M_i = sum_j (v_j e_ij) (x) u_ij.
+// Gong et al. (2025): a_ij = SiLU(sum_d q_i k_j) f(r_ij) per head;  m_i = sum_j v_j e_ij a_ij;
+// M_i = sum_j (v_j e_ij) (x) u_ij.
 // GEDT: two logits per head, a = (SiLU(l_1) - SiLU(l_2)) f.
 //
 // Channels are stored with the heads innermost: one vector of L lanes holds one channel of every head, D such vectors

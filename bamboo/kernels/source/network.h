@@ -47,6 +47,8 @@ class Network {
     template <int L, int D, bool DIFFERENTIAL>
     bool choose(int lanes, int groups, bool differential);
 
+    void prepare_layer(Layer<real>&, const Parameters&, const std::string& name, const ChannelOrder&);
+    void prepare_elements();
     void node_forward(const Graph<real>&, Activations<real>&, int l, int begin, int end, Workspace&) const;
     void next_qkv(Activations<real>&, int l, int begin, int end, Workspace&) const;
     void node_backward(Activations<real>&, int l, int begin, int end, Workspace&) const;
@@ -80,75 +82,54 @@ void Network<real>::prepare(const Parameters& parameters) {
     F = parameters.count("channels");
     differential_ = parameters.count("differential") != 0;
     const int heads = parameters.count("heads"), n_layers = parameters.count("layers");
-    const int halves = differential_ ? 2 : 1, L = heads * halves, D = F / L, per_head = F / heads;
+    const int halves = differential_ ? 2 : 1, L = heads * halves, D = F / L;
     const bool known = choose<16, 4, false>(L, D, differential_) || choose<16, 4, true>(L, D, differential_) ||
                        choose<8, 4, false>(L, D, differential_) || choose<8, 4, true>(L, D, differential_) ||
                        choose<4, 4, false>(L, D, differential_) || choose<8, 2, true>(L, D, differential_) ||
                        choose<16, 8, false>(L, D, differential_) || choose<16, 8, true>(L, D, differential_);
     if (!known) throw std::runtime_error("no kernel for this number of channels and heads");
-
-    // stored channel -> channel of the model file, heads innermost (messages.h)
-    std::vector<int> natural(F), query(F), value(F);
-    for (int d = 0; d < D; ++d)
-        for (int half = 0; half < halves; ++half)
-            for (int head = 0; head < heads; ++head) {
-                const int stored = d * L + half * heads + head;
-                natural[stored] = stored;
-                query[stored] = head * per_head + half * (per_head / halves) + d;
-                value[stored] = head * per_head + d * halves + half;
-            }
-    auto joined = [&](std::initializer_list<const std::vector<int>*> orders) {
-        std::vector<int> all;
-        for (const auto* order : orders) {
-            const int offset = int(all.size());
-            for (int channel : *order) all.push_back(offset + channel);
-        }
-        return all;
-    };
-    std::vector<int> qkv_order;  // in the file q, k, v of one head are contiguous
-    for (const std::vector<int>* order : {&query, &query, &value}) {
-        const int part = int(qkv_order.size()) / F;
-        for (int channel : *order)
-            qkv_order.push_back(channel / per_head * 3 * per_head + part * per_head + channel % per_head);
-    }
-
+    const ChannelOrder order(F, heads, halves);
     layers_ = std::vector<Layer<real>>(n_layers);
     for (int l = 0; l < n_layers; ++l) {
-        Layer<real>& layer = layers_[l];
-        const std::string name = "network.layers." + std::to_string(l) + ".";
-        layer.reads_vectors = l > 0;
-        layer.writes_vectors = l < n_layers - 1;
-        layer.norm_weight = converted<real>(parameters.array(name + "norm.weight"));
-        layer.norm_bias = converted<real>(parameters.array(name + "norm.bias"));
-        layer.qkv.pack(parameters.array(name + "qkv.weight"), qkv_order, natural);
-        layer.qkv.bias(parameters.array(name + "qkv.bias"), qkv_order);
-        const bool middle = layer.reads_vectors && layer.writes_vectors;
-        const std::vector<int> out_order = middle ? joined({&value, &natural, &natural})
-                                           : layer.reads_vectors ? joined({&natural, &natural}) : natural;
-        layer.out.pack(parameters.array(name + "out.weight"), out_order, value);
-        layer.out.bias(parameters.array(name + "out.bias"), out_order);
-        if (layer.reads_vectors) {
-            const std::vector<int> mix_order = middle ? joined({&natural, &natural, &value})
-                                                      : joined({&natural, &natural});
-            layer.mix.pack(parameters.array(name + "mix.weight"), mix_order, value);
-        }
-        if (differential_) layer.gate.pack(parameters.array(name + "gate.weight"), value, value);
+        layers_[l].reads_vectors = l > 0;
+        layers_[l].writes_vectors = l < n_layers - 1;
+        prepare_layer(layers_[l], parameters, "network.layers." + std::to_string(l) + ".", order);
     }
-    energy_head_.prepare(parameters, "energy_head", natural);
-    charge_head_.prepare(parameters, "charge_head", natural);
+    energy_head_.prepare(parameters, "energy_head", order.natural);
+    charge_head_.prepare(parameters, "charge_head", order.natural);
 
-    // e(r): the file's channels into stored order
-    const std::vector<double>& features = parameters.array("feature_table");
+    const std::vector<double>& features = parameters.array("feature_table");  // e(r)
     table.degree = FEATURE_DEGREE<real>;
     table.channels = F;
     table.intervals = int(features.size() / (size_t(table.degree + 1) * F));
     table.inverse_width = real(table.intervals / parameters.number("cutoff"));
     table.coefficients.resize(features.size());
     for (size_t row = 0; row < features.size() / F; ++row)
-        for (int c = 0; c < F; ++c) table.coefficients[row * F + c] = real(features[row * F + value[c]]);
-
-    // before the first layer h is the embedding of the element, so its q, k, v are as well
+        for (int c = 0; c < F; ++c) table.coefficients[row * F + c] = real(features[row * F + order.value[c]]);
     embedding_ = converted<real>(parameters.array("embedding.weight"));
+    prepare_elements();
+}
+
+template <typename real>
+void Network<real>::prepare_layer(Layer<real>& layer, const Parameters& parameters, const std::string& name,
+                                  const ChannelOrder& order) {
+    layer.norm_weight = converted<real>(parameters.array(name + "norm.weight"));
+    layer.norm_bias = converted<real>(parameters.array(name + "norm.bias"));
+    layer.qkv.pack(parameters.array(name + "qkv.weight"), order.qkv, order.natural);
+    layer.qkv.bias(parameters.array(name + "qkv.bias"), order.qkv);
+    const std::vector<int>&h = order.natural, &v = order.value;
+    const bool middle = layer.reads_vectors && layer.writes_vectors;
+    const std::vector<int> o_order = middle ? joined({&v, &h, &h}) : layer.reads_vectors ? joined({&h, &h}) : h;
+    const std::vector<int> U_order = middle ? joined({&h, &h, &v}) : joined({&h, &h});
+    layer.out.pack(parameters.array(name + "out.weight"), o_order, v);
+    layer.out.bias(parameters.array(name + "out.bias"), o_order);
+    if (layer.reads_vectors) layer.mix.pack(parameters.array(name + "mix.weight"), U_order, v);
+    if (differential_) layer.gate.pack(parameters.array(name + "gate.weight"), v, v);
+}
+
+// Before the first layer h is the embedding of the element, so its q, k, v are known once and for all.
+template <typename real>
+void Network<real>::prepare_elements() {
     Activations<real> elements;
     elements.layers = std::vector<typename Activations<real>::PerLayer>(1);
     auto& first = elements.layers[0];
@@ -320,37 +301,15 @@ void Network<real>::qkv_backward(Activations<real>& a, int l, int begin, int end
 
 template <typename real>
 void Network<real>::forward(const Graph<real>& graph, Activations<real>& a, int threads) const {
-    const size_t n = graph.n_atoms;
-    const int n_layers = int(layers_.size());
-    if (int(a.layers.size()) != n_layers) a.layers = std::vector<typename Activations<real>::PerLayer>(n_layers);
-    a.h.reserve(n * F);
-    a.V.reserve(n * 3 * F);
-    a.dh.reserve(n * F);
-    a.energy.reserve(n);
-    a.charge.reserve(n);
-    a.energy_gradient.reserve(n * F);
-    a.charge_gradient.reserve(n * F);
-    for (int l = 0; l < n_layers; ++l) {
-        auto& saved = a.layers[l];
-        const int width = layers_[l].parts() * F;
-        saved.o.reserve(n * width);
-        saved.dm.reserve(n * F);
-        if (layers_[l].writes_vectors) saved.dM.reserve(n * 3 * F);
-        if (differential_) saved.gate_slope.reserve(n * F);
-        if (l == 0) continue;
-        saved.qkv.reserve(n * 3 * F);
-        saved.normed.reserve(n * F);
-        saved.rstd.reserve(n);
-        saved.U.reserve(n * 3 * width);
-    }
-    const int blocks = int((n + BLOCK - 1) / BLOCK);
+    a.reserve(layers_, graph.n_atoms, F, differential_);
+    const int n = graph.n_atoms, n_layers = int(layers_.size()), blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(threads)
     {
         Workspace work(F);
         for (int l = 0; l < n_layers; ++l) {
 #pragma omp for schedule(dynamic)
             for (int block = 0; block < blocks; ++block) {
-                const int begin = block * BLOCK, end = std::min(begin + BLOCK, int(n));
+                const int begin = block * BLOCK, end = std::min(begin + BLOCK, n);
                 node_forward(graph, a, l, begin, end, work);
                 if (l + 1 < n_layers) {
                     next_qkv(a, l + 1, begin, end, work);

@@ -20,7 +20,7 @@ struct Found {
     }
 };
 
-// f(r) = (cos(pi r / r_c) + 1) / 2 = cos^2 y and f'(r) = -(pi / r_c) sin y cos y, with y = pi r / (2 r_c) in [0, pi / 2]
+// f(r) = (cos(pi r / r_c) + 1) / 2 = cos^2 y and f'(r) = -(pi / r_c) sin y cos y, with y = pi r / (2 r_c) <= pi / 2
 inline void envelope(int32_t count, double cutoff, const double* r, double* f, double* slope) {
     using V = Lanes<double, 8>;
     for (int32_t k = 0; k < count; k += 8) {
@@ -114,6 +114,11 @@ class FixedPairs {
              const real* x, const real* y, const real* z, Collected& out) const;
 
   private:
+    static constexpr int W = WIDTH<real>;
+    using V = Lanes<real, W>;
+    using vec = typename V::vector;
+
+    vec dispersion(vec r, vec strength, vec onset, vec& slope) const;
     void repel(int number_i, int number_j, double r, double& energy, double& slope) const;
 
     real s6, a1, steepness, damping6;
@@ -143,14 +148,30 @@ void FixedPairs<real>::repel(int number_i, int number_j, double r, double& energ
     slope = bare * (screening_slope * off + screening * off_slope - screening * off / r);
 }
 
+// Dispersion energy at r, with C6 = strength and a2 R = onset; slope receives (dE/dr) / r.
+template <typename real>
+BAMBOO_INLINE typename FixedPairs<real>::vec FixedPairs<real>::dispersion(vec r, vec strength, vec onset,
+                                                                          vec& slope) const {
+    const real tail6 = real(1.0 / std::pow(cutoff, 6)), range = real(1.0 / (cutoff - start));
+    const vec r2 = r * r, r4 = r2 * r2, inverse = real(1) / (r4 * r2 + damping6);
+    const vec sigmoid = V::sigmoid((onset - r) * steepness), damping = s6 + a1 * sigmoid;
+    const vec energy = -strength * inverse * damping;
+    slope = strength * inverse *
+            (real(6) * r4 * inverse * damping + a1 * steepness * sigmoid * (real(1) - sigmoid) / r);
+    if (!smooth) return energy + strength * tail6;
+    vec t = (r - real(start)) * range;
+    t = t > real(0) ? t : vec{};
+    t = t < real(1) ? t : V::all(1);
+    const vec off = real(1) - t * t * t * (t * (real(6) * t - real(15)) + real(10));
+    slope = slope * off - energy * (real(30) * range) * t * t * (t - real(1)) * (t - real(1)) / r;
+    return energy * off;
+}
+
 template <typename real>
 void FixedPairs<real>::row(int32_t i, int32_t home, const int32_t* images, int64_t count, const int32_t* owner,
                            const int32_t* number, const real* x, const real* y, const real* z, Collected& out) const {
-    constexpr int W = WIDTH<real>;
-    using V = Lanes<real, W>;
-    using vec = typename V::vector;
     const size_t row = size_t(number[home]) * ELEMENTS;
-    const real edge = real(cutoff), tail6 = real(1.0 / std::pow(cutoff, 6)), range = real(1.0 / (cutoff - start));
+    const real edge = real(cutoff);
     vec energy_sum = {}, force_i[3] = {}, virial[6] = {};
     for (int64_t at = 0; at < count; at += W) {
         const int lanes = int(std::min<int64_t>(W, count - at));
@@ -168,22 +189,8 @@ void FixedPairs<real>::row(int32_t i, int32_t home, const int32_t* images, int64
         for (int l = 0; l < W; ++l) distance[l] = std::sqrt(dx[l] * dx[l] + dy[l] * dy[l] + dz[l] * dz[l]);
         const vec r = V::load(distance), u[3] = {V::load(dx), V::load(dy), V::load(dz)};
         const vec strength = r < edge ? V::load(c6_lane) : vec{};
-        const vec r2 = r * r, r4 = r2 * r2, inverse = real(1) / (r4 * r2 + damping6);
-        const vec sigmoid = V::sigmoid((V::load(onset_lane) - r) * steepness);
-        const vec damping = s6 + a1 * sigmoid;
-        vec energy = -strength * inverse * damping;
-        vec slope = strength * inverse *  // (dE/dr) / r
-                    (real(6) * r4 * inverse * damping + a1 * steepness * sigmoid * (real(1) - sigmoid) / r);
-        if (smooth) {
-            vec t = (r - real(start)) * range;
-            t = t > real(0) ? t : vec{};
-            t = t < real(1) ? t : V::all(1);
-            const vec off = real(1) - t * t * t * (t * (real(6) * t - real(15)) + real(10));
-            slope = slope * off - energy * (real(30) * range) * t * t * (t - real(1)) * (t - real(1)) / r;
-            energy = energy * off;
-        } else {
-            energy += strength * tail6;
-        }
+        vec slope;
+        const vec energy = dispersion(r, strength, V::load(onset_lane), slope);
         energy_sum += energy;
         V::store(factor, slope);
         if (repulsion)

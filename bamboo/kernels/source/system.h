@@ -171,9 +171,9 @@ void System<real>::find_edges(double* closest, int threads) {
                 const double r = found.r[k], inverse = 1.0 / std::max(r, 1e-12);
                 const int32_t j = near_.owner[found.image[k]];
                 const int32_t interval = std::min(int32_t(r * inverse_width), table.intervals - 1);
+                const double ux = found.x[k] * inverse, uy = found.y[k] * inverse, uz = found.z[k] * inverse;
                 edges_[start + k] = {j, interval, real(r * inverse_width - interval), real(found.f[k]),
-                                     real(found.slope[k]),
-                                     {real(found.x[k] * inverse), real(found.y[k] * inverse), real(found.z[k] * inverse)}};
+                                     real(found.slope[k]), {real(ux), real(uy), real(uz)}};
                 distance_[start + k] = r;
                 if (r < nearest[thread][0]) nearest[thread] = {r, double(i), double(j)};
             }
@@ -204,7 +204,8 @@ void System<real>::charges_from_network(double total_charge) {
 }
 
 template <typename real>
-void System<real>::forward(const double* positions, const Cell& cell, double total_charge, double* closest, int threads) {
+void System<real>::forward(const double* positions, const Cell& cell, double total_charge, double* closest,
+                           int threads) {
     cell_ = cell;
     place_images(positions, threads);
     find_edges(closest, threads);
