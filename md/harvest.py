@@ -7,6 +7,7 @@ first shell), and where a guard stops a run it keeps the frames that led there. 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import ase
@@ -17,7 +18,7 @@ import torch
 from bamboo.errors import BambooError, InputError
 from bamboo.evaluator import Evaluator
 from bamboo.forcefield import ForceField
-from bamboo.quantum.compositions import random_liquid
+from bamboo.quantum.compositions import kind_of, random_liquid
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import cut_cluster, molecule_names, pack_box
 from bamboo.system import System
@@ -29,7 +30,10 @@ from md.engine.state import MDState
 
 PACKING_SCALE = 0.85  # of the experimental density: packmol succeeds and no molecules interlock
 SQUEEZE_STEP = 0.005  # relative change of the box length at a time, on the way to the target density
-CLUSTER_ATOMS = (90, 180)  # clusters outside this range are not kept
+LARGE_ATOMS = (90, 180)  # of a cluster with a full shell; others are not kept
+FULL_SHELL = 5.0  # Å, radius of the cut: the cutoff of the network
+SMALL_ATOMS = (5, 60)  # of a molecule with some of its neighbours
+SMALL_RADII = (2.0, 4.2)  # Å, range of radii of their cuts
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class HarvestConfig:
     n_atoms       size of a box; up to 180 atoms the boxes themselves are kept, larger ones are cut into clusters
     temperature_K, density_scale   ranges to draw from; density relative to the estimated experimental one
     snapshots, interval_fs         snapshots per box and the time between them
-    clusters_per_snapshot          for boxes that are cut
+    large_per_snapshot, small_per_snapshot   clusters of either size, for boxes that are cut
     """
 
     n_boxes: int = 50
@@ -49,7 +53,8 @@ class HarvestConfig:
     density_scale: tuple[float, float] = (0.88, 1.12)
     snapshots: int = 3
     interval_fs: float = 300.0
-    clusters_per_snapshot: int = 2
+    large_per_snapshot: int = 2
+    small_per_snapshot: int = 10
     seed: int = 0
 
 
@@ -151,25 +156,36 @@ def squeeze(
 def _structures(
     system: System, config: HarvestConfig, names: tuple[str, ...], generator: np.random.Generator
 ) -> list[ase.Atoms]:
-    """Return the box itself where it is small, else clusters with a full shell round random atoms."""
-    if system.n_atoms <= CLUSTER_ATOMS[1]:
+    """Return the box itself where it is small, else clusters round random atoms: some with a full shell, some small."""
+    if system.n_atoms <= LARGE_ATOMS[1]:
         atoms = system.to_atoms()
         atoms.info["kind"] = "periodic"
         return [atoms]
-    charges = np.array([float(molecule(name).charge) for name in names])
     found: list[ase.Atoms] = []
-    for _ in range(8 * config.clusters_per_snapshot):
-        if len(found) == config.clusters_per_snapshot or system.molecule is None:
-            break
-        wanted = "Li" if generator.random() < 0.4 and "Li" in names else str(generator.choice(names))
-        centre = int(generator.choice([m for m, name in enumerate(names) if name == wanted]))
-        atom = int(generator.choice(np.flatnonzero(system.molecule == centre)))
-        try:
-            cluster, _ = cut_cluster(system, [atom], radius_A=5.0, molecule_charges=charges)
-        except InputError:
-            continue  # a molecule touches the core through two images; another core will do
-        if CLUSTER_ATOMS[0] <= cluster.n_atoms <= CLUSTER_ATOMS[1] and abs(cluster.total_charge) < 2.5:
-            atoms = cluster.to_atoms()
-            atoms.info["kind"] = "large"
-            found.append(atoms)
+    for count, large in ((config.large_per_snapshot, True), (config.small_per_snapshot, False)):
+        drawn = (_cluster(system, names, generator, large=large) for _ in range(8 * count))
+        found += list(islice((atoms for atoms in drawn if atoms is not None), count))
     return found
+
+
+def _cluster(
+    system: System, names: tuple[str, ...], generator: np.random.Generator, *, large: bool
+) -> ase.Atoms | None:
+    """Return the molecules round a random atom, None where they are not worth labelling."""
+    if system.molecule is None:
+        return None
+    charges = np.array([float(molecule(name).charge) for name in names])
+    wanted = "Li" if generator.random() < 0.4 and "Li" in names else str(generator.choice(names))
+    centre = int(generator.choice([m for m, name in enumerate(names) if name == wanted]))
+    atom = int(generator.choice(np.flatnonzero(system.molecule == centre)))
+    radius_A = FULL_SHELL if large else float(generator.uniform(*SMALL_RADII))
+    try:
+        cluster, kept = cut_cluster(system, [atom], radius_A=radius_A, molecule_charges=charges)
+    except InputError:
+        return None  # a molecule touches the core through two images; another core will do
+    smallest, largest = LARGE_ATOMS if large else SMALL_ATOMS
+    if not smallest <= cluster.n_atoms <= largest or abs(cluster.total_charge) > 2.5:
+        return None
+    atoms = cluster.to_atoms()
+    atoms.info["kind"] = "large" if large else kind_of([names[m] for m in kept])
+    return atoms

@@ -43,7 +43,7 @@ def test_card_states_the_held_out_force_error() -> None:
 def test_ions_far_apart_keep_their_charge() -> None:
     """Li+ and PF6- 60 Å apart in one neutral cluster: the charges stay where they belong without being told."""
     lithium, anion = molecule("Li"), molecule("PF6")
-    positions = np.concatenate([lithium.positions, anion.positions + [60.0, 0.0, 0.0]])
+    positions = np.concatenate([lithium.positions, anion.positions + np.array([60.0, 0.0, 0.0])])
     numbers = np.concatenate([lithium.numbers, anion.numbers])
     system = System(numbers, positions, np.zeros((3, 3)), False, 0.0)
     output = Evaluator(checkpoint.load("default", dtype=torch.float64)).evaluate(Batch.from_systems([system]))

@@ -26,6 +26,7 @@ pytest.importorskip("pyscf", reason="B3LYP labels need PySCF: pip install 'bambo
 WATER = ([8, 1, 1], [[0.0, 0.0, 0.0], [0.7569503, 0.0, 0.5858823], [-0.7569503, 0.0, 0.5858823]])
 BENT = ([8, 1, 1], [[0.05, -0.02, 0.01], [0.84, 0.11, 0.63], [-0.71, -0.07, 0.68]])  # no symmetry, stretched bonds
 LITHIUM_FLUORIDE = ([3, 9], [[0.1, 0.2, -0.1], [0.9, 1.1, 0.8]])
+HYDROGEN_IODIDE = ([53, 1], [[0.0, 0.1, 0.0], [0.0, 0.4, 1.7]])  # with a core potential
 HYDRATED_LITHIUM = ([8, 1, 1, 3], [*BENT[1], [0.02, 0.10, -1.80]])
 
 
@@ -48,7 +49,7 @@ def hydrated_lithium() -> DFTResult:
     return label_dft(cluster(HYDRATED_LITHIUM, 1.0))
 
 
-@pytest.mark.parametrize(("atoms", "atom", "axis"), [(BENT, 1, 0), (LITHIUM_FLUORIDE, 1, 2)])
+@pytest.mark.parametrize(("atoms", "atom", "axis"), [(BENT, 1, 0), (LITHIUM_FLUORIDE, 1, 2), (HYDROGEN_IODIDE, 1, 2)])
 def test_forces_are_the_derivative_of_the_energy(atoms, atom, axis):
     """F = -dE/dx on a grid so fine that its own response is below the tolerance."""
     system = cluster(atoms)
