@@ -4,10 +4,11 @@
     python -m bamboo.quantum.campaign label FILE FOLDER        label structures of an extended-XYZ file or a dataset,
                                                                with GFN2-xTB or (--method dft) with B3LYP
     python -m bamboo.quantum.campaign merge FOLDER... TARGET   merge finished folders into one HDF5 file
+    python -m bamboo.quantum.campaign select FILE... TARGET    choose small clusters worth a label of a higher level
 
-Run the same command again to continue: finished jobs are skipped. Jobs come in a shuffled order, so whatever is
-finished at any moment is a balanced sample of the plan. A folder holds ``shard-NNN.h5``, ``finished.jsonl`` and
-``conformers.npz``.
+Run the same command again to continue: finished jobs are skipped. Sampling jobs come in a shuffled order, structures in
+that of their file, so whatever is finished at any moment is a balanced sample. A folder holds ``shard-NNN.h5``,
+``finished.jsonl`` and ``conformers.npz``.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from bamboo.quantum.dataset import append_frames, count_table, merge_files, read
 from bamboo.quantum.dft import DFTLabeller
 from bamboo.quantum.labels import Labels
 from bamboo.quantum.sampling import RECIPES, Outcome, label_structure
+from bamboo.quantum.selection import select_frames
 from bamboo.quantum.xtb import label_xtb
 from bamboo.system import System
 
@@ -88,39 +90,24 @@ def plan_jobs(plan: Mapping[str, int], *, seed: int) -> list[Job]:
     return [jobs[k] for k in np.random.default_rng(seed).permutation(len(jobs))]
 
 
-def structure_jobs(
-    path: str | Path, *, method: str = "gfn2", max_atoms: int | None = None, per_trajectory: int | None = None
-) -> list[Job]:
-    """List jobs, in a random order, that label the structures of an extended-XYZ file or of a dataset (.h5).
+def structure_jobs(path: str | Path, *, method: str = "gfn2") -> list[Job]:
+    """List jobs that label the structures of an extended-XYZ file or of a dataset (.h5), in the order of the file.
 
-    A dataset gives one job per trajectory, whose name, and with it the split, is kept. An extended-XYZ file gives one
-    job per structure; structures of one run share a split. Read from each comment line, all optional: ``charge``
-    (total, e; default 0), ``kind`` (default periodic or large), ``sampling`` (default liquid), ``trajectory`` (name of
-    the run; default the file's), ``temperature_K``. A column ``molecule`` is kept.
-
-    max_atoms       leave out larger structures; periodic ones are left out where the method cannot do them
-    per_trajectory  at most so many structures of each trajectory of a dataset, evenly spaced
+    A dataset gives one job per trajectory, whose split is kept. An extended-XYZ file gives one job per structure;
+    structures of one run share a split. Read from each comment line, all optional: ``charge`` (total, e; default 0),
+    ``kind`` (default periodic or large), ``sampling`` (default liquid), ``trajectory`` (name of the run; default the
+    file's), ``temperature_K``. A column ``molecule`` is kept.
     """
     if method not in METHODS:
         raise InputError(f"Unknown method '{method}'.{suggest(method, METHODS)} Expected: {', '.join(METHODS)}.")
     if find_spec(METHODS[method].program) is None:
         raise InputError(f"Method '{method}' needs {METHODS[method].program}. Run: pip install 'bamboo-md[qm]'")
     groups = _dataset_structures(path) if Path(path).suffix == ".h5" else _extxyz_structures(path)
-    jobs = []
-    for name, members in groups.items():
-        kept = [
-            member
-            for member in members
-            if (max_atoms is None or member.system.n_atoms <= max_atoms)
-            and (METHODS[method].periodic or not member.system.pbc)
-        ]
-        if per_trajectory is not None and len(kept) > per_trajectory:
-            kept = [kept[k] for k in np.linspace(0, len(kept) - 1, per_trajectory).round().astype(int)]
-        if kept:
-            jobs.append(Job(name, "label", tuple(kept), method))
-    if not jobs:
-        raise InputError(f"{path}: no structures to label with method '{method}' and max_atoms {max_atoms}.")
-    return [jobs[k] for k in np.random.default_rng(0).permutation(len(jobs))]
+    if any(structure.system.pbc for group in groups.values() for structure in group) and not METHODS[method].periodic:
+        raise InputError(f"{path}: method '{method}' cannot label periodic structures; select clusters first.")
+    if not groups:
+        raise InputError(f"{path}: no structures to label.")
+    return [Job(name, "label", tuple(group), method) for name, group in groups.items()]
 
 
 def _dataset_structures(path: str | Path) -> dict[str, list[Structure]]:
@@ -128,7 +115,11 @@ def _dataset_structures(path: str | Path) -> dict[str, list[Structure]]:
     for frame in read_frames(path):
         structure = Structure(frame.system, frame.kind, frame.sampling, frame.temperature_K)
         groups.setdefault(frame.trajectory, []).append(structure)
-    return groups
+    named = {}
+    for trajectory, members in groups.items():  # another choice of frames from the same trajectory is another job
+        digest = hashlib.sha256(b"".join(member.system.positions.tobytes() for member in members))
+        named[f"{trajectory}/{digest.hexdigest()[:8]}"] = members
+    return named
 
 
 def _extxyz_structures(path: str | Path) -> dict[str, list[Structure]]:
@@ -282,15 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merge = commands.add_parser("merge", help="merge campaign folders or HDF5 files into one file")
     label.add_argument("structures", type=Path)
     label.add_argument("--method", choices=list(METHODS), default="gfn2")
-    label.add_argument("--max-atoms", type=int, default=None, help="leave out larger structures")
-    label.add_argument("--per-trajectory", type=int, default=None, help="at most so many of each trajectory")
     for command in (sample, label):
         command.add_argument("folder", type=Path)
         command.add_argument("--workers", type=int, default=2)
         command.add_argument("--seed", type=int, default=1)
     sample.add_argument("--scale", type=float, default=1.0, help="multiply the number of trajectories of the plan")
-    merge.add_argument("sources", type=Path, nargs="+")
-    merge.add_argument("target", type=Path)
+    select = commands.add_parser("select", help="choose small clusters worth a label of a higher level")
+    for command in (merge, select):
+        command.add_argument("sources", type=Path, nargs="+")
+        command.add_argument("target", type=Path)
+    select.add_argument("--count", type=int, default=400)
+    select.add_argument("--atoms", type=int, nargs=2, default=(6, 20), metavar=("MIN", "MAX"))
     options = parser.parse_args(arguments)
     try:
         if options.command == "merge":
@@ -299,13 +292,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             print(count_table(merge_files(shards, options.target)))
             return 0
+        if options.command == "select":
+            frames = [frame for path in options.sources for frame in read_frames(path)]
+            chosen = select_frames(frames, count=options.count, atoms=tuple(options.atoms))
+            write_frames(options.target, chosen, provenance=provenance())
+            print(count_table(chosen))
+            return 0
         sampled = options.command == "sample"
         plan = {recipe: round(count * options.scale) for recipe, count in PLAN.items()} if sampled else {}
         if sampled:
             jobs = plan_jobs(plan, seed=options.seed)
         else:
-            limits = {"max_atoms": options.max_atoms, "per_trajectory": options.per_trajectory}
-            jobs = structure_jobs(options.structures, method=options.method, **limits)
+            jobs = structure_jobs(options.structures, method=options.method)
         run_campaign(jobs, options.folder, workers=options.workers, seed=options.seed, library=sampled)
         print(summary(options.folder))
     except BambooError as error:

@@ -26,7 +26,6 @@ pytest.importorskip("pyscf", reason="B3LYP labels need PySCF: pip install 'bambo
 WATER = ([8, 1, 1], [[0.0, 0.0, 0.0], [0.7569503, 0.0, 0.5858823], [-0.7569503, 0.0, 0.5858823]])
 BENT = ([8, 1, 1], [[0.05, -0.02, 0.01], [0.84, 0.11, 0.63], [-0.71, -0.07, 0.68]])  # no symmetry, stretched bonds
 LITHIUM_FLUORIDE = ([3, 9], [[0.1, 0.2, -0.1], [0.9, 1.1, 0.8]])
-HYDROGEN_IODIDE = ([53, 1], [[0.0, 0.1, 0.0], [0.0, 0.4, 1.7]])  # with a core potential
 HYDRATED_LITHIUM = ([8, 1, 1, 3], [*BENT[1], [0.02, 0.10, -1.80]])
 
 
@@ -49,7 +48,7 @@ def hydrated_lithium() -> DFTResult:
     return label_dft(cluster(HYDRATED_LITHIUM, 1.0))
 
 
-@pytest.mark.parametrize(("atoms", "atom", "axis"), [(BENT, 1, 0), (LITHIUM_FLUORIDE, 1, 2), (HYDROGEN_IODIDE, 1, 2)])
+@pytest.mark.parametrize(("atoms", "atom", "axis"), [(BENT, 1, 0), (LITHIUM_FLUORIDE, 1, 2)])
 def test_forces_are_the_derivative_of_the_energy(atoms, atom, axis):
     """F = -dE/dx on a grid so fine that its own response is below the tolerance."""
     system = cluster(atoms)
@@ -116,29 +115,30 @@ def test_guess_saves_cycles_and_leaves_the_energy():
 
 
 def test_campaign_relabels_the_clusters_of_a_dataset(tmp_path):
-    """Frames keep trajectory, kind and split; boxes and large clusters are left out; densities are handed on."""
+    """Frames keep trajectory, kind and split; boxes are refused; densities are handed on."""
     run = "dynamics-1-00007"
-    stretched = [replace(cluster(BENT), positions=cluster(BENT).positions * scale) for scale in (1.0, 1.01, 1.02)]
-    box = replace(cluster(BENT), cell=np.eye(3) * 9.0, pbc=True)
+    stretched = [replace(cluster(BENT), positions=cluster(BENT).positions * scale) for scale in (1.0, 1.02)]
     old = Labels("GFN2-xTB", -1.0, np.zeros((3, 3)))
     frames = [Frame(system, old, "neutral", "dynamics", run, 300.0) for system in stretched]
-    frames += [Frame(box, old, "periodic", "packed", "periodic-1", 300.0)]
-    larger = Labels("GFN2-xTB", -1.0, np.zeros((4, 3)))
-    frames += [Frame(cluster(HYDRATED_LITHIUM, 1.0), larger, "lithium", "scan", "scan-1")]
     write_frames(tmp_path / "gfn2.h5", frames)
-    (job,) = structure_jobs(tmp_path / "gfn2.h5", method="dft", max_atoms=3, per_trajectory=2)
+    (job,) = structure_jobs(tmp_path / "gfn2.h5", method="dft")
+    write_frames(tmp_path / "other.h5", frames[:1])
+    (other,) = structure_jobs(tmp_path / "other.h5", method="dft")
+    assert job.name.startswith(run + "/") and other.name.startswith(run + "/") and job.name != other.name
     outcome, _ = campaign._run_job(job)
     campaign._record(tmp_path, job, outcome, 1.0)
     first, second = read_frames(tmp_path / "shard-000.h5")
-    assert (first.trajectory, first.kind, first.split, first.temperature_K) == (run, "neutral", frames[0].split, 300.0)
-    np.testing.assert_array_equal(second.system.positions, round_positions(stretched[2].positions))
+    assert (first.kind, first.split, first.temperature_K) == ("neutral", frames[0].split, 300.0)
+    np.testing.assert_array_equal(second.system.positions, round_positions(stretched[1].positions))
     assert first.labels.level == "B3LYP/def2-SVPD, RI, grid 2"
     assert first.labels.energy == pytest.approx(bent_water().labels.energy, abs=1.0e-6 * HARTREE)
     assert "B3LYP" in read_provenance(tmp_path / "shard-000.h5")["method"]
     with pytest.raises(InputError, match="Did you mean 'dft'"):
         structure_jobs(tmp_path / "gfn2.h5", method="dtf")
-    with pytest.raises(InputError, match="no structures"):
-        structure_jobs(tmp_path / "gfn2.h5", method="dft", max_atoms=2)
+    box = replace(cluster(BENT), cell=np.eye(3) * 9.0, pbc=True)
+    write_frames(tmp_path / "box.h5", [Frame(box, old, "periodic", "packed", "periodic-1", 300.0)])
+    with pytest.raises(InputError, match="cannot label periodic"):
+        structure_jobs(tmp_path / "box.h5", method="dft")
 
 
 def test_labeller_hands_the_density_on():
