@@ -30,8 +30,10 @@ class Simulation:
                         dropped
     restart_folder      two checkpoint slots; None keeps no checkpoints and leaves signals alone
     frame_folder        where blowup.extxyz goes when a guard stops the run
-    checkpoint_minutes  wall time between checkpoints
-    checkpoint_steps    number of steps between checkpoints as well; with it alone a run is reproducible bit for bit
+    checkpoint_minutes  wall time between checkpoints; None for one at the end only
+    checkpoint_steps    checkpoints fall on multiples of this number of steps, where the evaluator forgets its past
+                        whether or not one is written: so the trajectory does not depend on when they were, and a
+                        restart, which begins without a past, is exact
     stage               name for messages
     info                notes for JSON, saved with every checkpoint
     """
@@ -49,7 +51,7 @@ class Simulation:
         restart_folder: Path | None = None,
         frame_folder: Path | None = None,
         checkpoint_minutes: float | None = 10.0,
-        checkpoint_steps: int | None = None,
+        checkpoint_steps: int = 20,
         stage: str = "simulation",
         info: dict[str, Any] | None = None,
     ) -> None:
@@ -88,25 +90,32 @@ class Simulation:
                     if self.progress is not None and (elapsed - shown > PROGRESS_INTERVAL_S or self.state.step == last):
                         self.progress.update(self._progress(first, last, elapsed))
                         shown = elapsed
-                    if stop.received is not None:
-                        self.checkpoint()
-                        stop.leave(f"{self.stage} stopped at step {self.state.step}, checkpoint saved")
-                    if self._checkpoint_due() or self.state.step == last:
-                        self.checkpoint()
+                    if self.state.step == last or self.state.step % self.checkpoint_steps == 0:
+                        self._pause(stop, last)
             finally:
                 if self.progress is not None:
                     self.progress.close()
 
     def checkpoint(self) -> None:
         """Save the state if there is a restart folder; guards look first, so what is saved is sound."""
-        if self.restart_folder is None:
-            return
-        self._stop_if(check_guards(self.state, self.guards))
-        for reporter in self.reporters:
-            reporter.flush()
-        restart.save(self.restart_folder, self.state, info=self.info)
+        if self.restart_folder is not None:
+            self._stop_if(check_guards(self.state, self.guards))
+            for reporter in self.reporters:
+                reporter.flush()
+            restart.save(self.restart_folder, self.state, info=self.info)
         self._reset_evaluator()
         self._last_checkpoint = time.monotonic()
+
+    def _pause(self, stop: "_StopSignals", last: int) -> None:
+        """Let the evaluator forget its past, save where that is due, and leave where a signal asks for it."""
+        minutes = (time.monotonic() - self._last_checkpoint) / 60.0
+        due = self.checkpoint_minutes is not None and minutes >= self.checkpoint_minutes
+        if due or stop.received is not None or self.state.step == last:
+            self.checkpoint()
+        else:
+            self._reset_evaluator()
+        if stop.received is not None:
+            stop.leave(f"{self.stage} stopped at step {self.state.step}, checkpoint saved")
 
     def _step(self) -> None:
         try:
@@ -135,12 +144,6 @@ class Simulation:
         return guard_error(
             violation, self.state, stage=self.stage, frame_folder=self.frame_folder, restart_folder=folder
         )
-
-    def _checkpoint_due(self) -> bool:
-        if self.checkpoint_steps is not None and self.state.step % self.checkpoint_steps == 0:
-            return True
-        minutes = (time.monotonic() - self._last_checkpoint) / 60.0
-        return self.checkpoint_minutes is not None and minutes >= self.checkpoint_minutes
 
     def _reset_evaluator(self) -> None:
         reset = getattr(self.evaluator, "reset", None)

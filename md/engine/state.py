@@ -31,8 +31,8 @@ class EvaluatorOutput(Protocol):
 class Evaluator(Protocol):
     """Anything that turns a batch into energies and forces.
 
-    If it also has ``reset()``, that must forget all history (neighbour lists): it is called at every checkpoint and at
-    every restart, so that a restarted run builds its lists at the same steps as the uninterrupted one.
+    If it also has ``reset()``, that must forget all history (neighbour lists): it is called wherever a checkpoint may
+    fall and at every restart, so that a restarted run builds its lists at the same steps as the uninterrupted one.
     """
 
     def evaluate(self, batch: Batch) -> EvaluatorOutput: ...

@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
+from bamboo.checkpoint import load
 from bamboo.errors import InputError
+from bamboo.evaluator import Evaluator
+from bamboo.structure.packing import pack_box
 from md.engine import restart
 from md.engine.barostats import MartynaTobiasKlein, StochasticCellRescaling
 from md.engine.integrators import Langevin, NoseHooverChain, StochasticVelocityRescaling, VelocityVerlet
@@ -37,11 +40,12 @@ def tensors_of(state: MDState) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("integrator", INTEGRATORS, ids=lambda integrator: type(integrator).__name__)
 def test_twenty_and_twenty_steps_equal_forty(toys, tmp_path, integrator):
-    """The evaluator's rounding depends on the history of its lists; the reset at checkpoints makes both runs agree."""
+    """Rounding depends on the history of the evaluator's lists, which is forgotten at the same steps in all runs,
+    whether a checkpoint falls there (by wall time: none, all) or not."""
 
     evaluator = toys.LennardJonesWithHistory()
 
-    def simulate(folder, state, n_steps, resume):
+    def simulate(folder, state, n_steps, resume, minutes=None):
         evaluator.evaluate(new_state(toys).batch)  # history that must be forgotten
         table = ThermoTable(folder / "thermo.csv", stride=4)
         simulation = Simulation(
@@ -51,7 +55,7 @@ def test_twenty_and_twenty_steps_equal_forty(toys, tmp_path, integrator):
             reporters=[table],
             resume=resume,
             restart_folder=folder / "restart",
-            checkpoint_minutes=None,
+            checkpoint_minutes=minutes,
             checkpoint_steps=20,
             info={"stage": 2},
         )
@@ -61,6 +65,9 @@ def test_twenty_and_twenty_steps_equal_forty(toys, tmp_path, integrator):
     unbroken = new_state(toys)
     simulate(whole, unbroken, 40, False)
     simulate(parts, new_state(toys), 20, False)
+    often = new_state(toys)
+    simulate(tmp_path / "often", often, 40, False, minutes=0.0)
+    assert torch.equal(often.batch.positions, unbroken.batch.positions)
     with open(parts / "thermo.csv", "a") as file:  # records after the checkpoint, the last cut short by the crash
         file.write("24,0.12,0,1,1,1,1,1,1,1\n28,0.1")
     checkpoint = restart.load(parts / "restart")
@@ -140,3 +147,24 @@ def test_random_numbers_go_on_reproducibly_on_another_kind_of_device(toys, tmp_p
     assert same is not None and first is not None and second is not None
     draws = [checkpoint.state.normal() for checkpoint in (same, first, second)]
     assert torch.equal(draws[1], draws[2]) and not torch.equal(draws[0], draws[1])
+
+
+def test_checkpoints_of_the_shipped_model_leave_no_trace(tmp_path):
+    """Native lists and meshes round differently by age: saved often, once or never, the trajectory must be the same."""
+    box = pack_box({"DMC": 3, "Li": 1, "PF6": 1}, density_g_cm3=0.6, seed=1)
+    evaluator = Evaluator(load("default"))
+    ends = []
+    for name, minutes in (("never", None), ("often", 0.0)):
+        state = MDState.from_systems([box], temperature_K=300.0, seed=1)
+        integrator = StochasticCellRescaling(timestep_fs=0.5, temperature_K=300.0, pressure_bar=1.0)
+        simulation = Simulation(
+            state,
+            evaluator,
+            integrator=integrator,
+            restart_folder=tmp_path / name,
+            checkpoint_minutes=minutes,
+            checkpoint_steps=5,
+        )
+        simulation.run(20)
+        ends.append(state)
+    assert torch.equal(ends[0].batch.positions, ends[1].batch.positions)

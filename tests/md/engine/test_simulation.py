@@ -76,13 +76,14 @@ def test_signals_leave_a_checkpoint(toys, tmp_path, number):
 
     before = signal.getsignal(number)
     simulation = Simulation(
-        argon(toys), Signalling(), integrator=VelocityVerlet(timestep_fs=2.0), restart_folder=tmp_path, stage="stage 1"
-    )
+        argon(toys), Signalling(), integrator=VelocityVerlet(timestep_fs=2.0), restart_folder=tmp_path, stage="stage 1",
+        checkpoint_steps=3,
+    )  # fmt: skip
     expected = KeyboardInterrupt if number == signal.SIGINT else CheckpointedStop
-    with pytest.raises(expected, match="stage 1 stopped at step 4, checkpoint saved"):
+    with pytest.raises(expected, match="stage 1 stopped at step 6, checkpoint saved"):
         simulation.run(50)
     checkpoint = restart.load(tmp_path)
-    assert checkpoint is not None and checkpoint.state.step == 4
+    assert checkpoint is not None and checkpoint.state.step == 6
     assert signal.getsignal(number) is before
     assert CheckpointedStop.exit_code == 75
 
@@ -97,7 +98,7 @@ def fails(toys, tmp_path, state, guard, evaluator=None, match="", n_steps=200):
         restart_folder=tmp_path / "restart",
         frame_folder=tmp_path / "frames",
         checkpoint_steps=5,
-        checkpoint_minutes=None,
+        checkpoint_minutes=0.0,
         stage="stage 2 (npt)",
     )
     with pytest.raises(GuardError, match=match) as caught:
