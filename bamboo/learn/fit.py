@@ -19,12 +19,15 @@ from bamboo import checkpoint, units
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldConfig
 from bamboo.learn.evaluate import MODERATE_FORCE, MODERATE_TEMPERATURE, Errors, evaluate
+from bamboo.learn.lift import LIFTED
 from bamboo.learn.loop import Loop, LoopConfig, Progress
 from bamboo.learn.losses import LossWeights
-from bamboo.learn.samples import far_pairs, fit_references, make_samples
+from bamboo.learn.samples import far_pairs, fit_references, make_samples, shift_references
 from bamboo.nn.get import NetworkConfig
 from bamboo.quantum.dataset import Frame, read_frames
 from bamboo.terms.d3_table import fill_d3_table
+
+N_REFERENCE_FRAMES = 400  # enough to fit one number per element
 
 
 class _Block(BaseModel):
@@ -73,6 +76,7 @@ class TrainConfig(_Block):
     start      zoo name or model file whose weights to begin from; without it, new weights
     max_force  eV/Å; frames with a larger force component are left out
     far_pairs  share of constructed frames of two clusters far apart
+    fixed_terms  False leaves out dispersion and repulsion, as for labels that are differences of two levels
     description, caveat   go into the card: what the model is for, and what it must not be used for
     """
 
@@ -85,6 +89,7 @@ class TrainConfig(_Block):
     seed: Annotated[int, Field(ge=0)] = 0
     max_force: Annotated[float, Field(gt=0)] = 20.0
     far_pairs: Annotated[float, Field(ge=0, le=1)] = 0.03
+    fixed_terms: bool = True
     description: str = ""
     caveat: str = ""
 
@@ -115,7 +120,7 @@ def label_table(frames: Sequence[Frame]) -> str:
 
 def _check_labels(frames: Sequence[Frame], weights: WeightsBlock) -> None:
     """Refuse energies that cannot be compared, and weights for labels that no frame has: they would do nothing."""
-    levels = sorted({frame.labels.level for frame in frames})
+    levels = sorted({frame.labels.level.removesuffix(LIFTED) for frame in frames})
     if len(levels) > 1 and weights.energy > 0:
         raise InputError(
             f"The data mix levels of theory ({', '.join(levels)}), whose energies have different zeros. "
@@ -139,27 +144,26 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
     """Return the force field to train: started from a model file, or new with the D3 table and fitted references."""
     torch.manual_seed(config.seed)
     if config.start is not None:
-        if "network" in config.model_fields_set:
-            raise InputError("`network` has no effect where `start` gives the weights: remove one of the two.")
-        levels = {frame.labels.level for frame in frames}
-        known_levels = set(checkpoint.describe(config.start)["card"].get("levels", levels))
-        if not levels <= known_levels and config.weights.energy > 0:
-            raise InputError(
-                f"{config.start} was trained on {', '.join(sorted(known_levels))}, the data are "
-                f"{', '.join(sorted(levels))}: their energies have different zeros. "
-                "Train from scratch, or set weights.energy: 0."
-            )
+        for name in sorted({"network", "fixed_terms"} & config.model_fields_set):
+            raise InputError(f"`{name}` has no effect where `start` gives the weights: remove one of the two.")
         force_field = checkpoint.load(config.start)
         unknown = {int(z) for frame in frames for z in frame.system.numbers} - set(
             torch.nonzero(force_field.known).flatten().tolist()
         )
-        if not unknown:
+        if unknown:
+            raise InputError(
+                f"{config.start} does not know the elements {sorted(unknown)} of the data; train from scratch."
+            )
+        levels = {frame.labels.level for frame in frames}
+        if levels <= set(checkpoint.describe(config.start)["card"].get("levels", [])):
             return force_field.train()
-        raise InputError(
-            f"{config.start} does not know the elements {sorted(unknown)} of the data; train from scratch."
-        )
-    force_field = ForceField(ForceFieldConfig(network=NetworkConfig(**config.network.model_dump())))
-    fill_d3_table(force_field.dispersion)
+        chosen = np.random.default_rng(config.seed).permutation(len(frames))[:N_REFERENCE_FRAMES]
+        shift_references(force_field, make_samples(force_field, [frames[k] for k in chosen]))
+        return force_field.train()
+    network = NetworkConfig(**config.network.model_dump())
+    force_field = ForceField(ForceFieldConfig(network=network, repulsion=config.fixed_terms))
+    if config.fixed_terms:
+        fill_d3_table(force_field.dispersion)
     fit_references(force_field, frames)
     return force_field.train()
 

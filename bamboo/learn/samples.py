@@ -1,7 +1,8 @@
 """Frames made ready for training: known parts of the labels are subtracted, neighbour lists are built once.
 
 Dispersion, repulsion and reference energies have no trainable parameter, so they are taken out of the labels here and
-``ForceField.forward(fixed_terms=False)`` is compared with the rest: the total then matches the label.
+``ForceField.forward(fixed_terms=False)`` is compared with the rest: the total then matches the label. Dispersion stays
+where a level of theory contains none: there the total is the label plus dispersion.
 torch-geometric stacks samples into batches.
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 from torch_geometric.data import Data
 
@@ -23,32 +25,53 @@ from bamboo.system import Batch, System
 FAR_DISTANCE = 500.0  # Å between the two clusters of a far pair
 
 
-def fit_references(force_field: ForceField, frames: Sequence[Frame]) -> None:
-    """Set per-element reference energies [eV] and charges [e], and the covered elements, from labels.
-
-    Energies: least squares over total energies, min sum_f (E_f - sum_Z n_fZ e_Z)^2 / n_f. Charges: mean label of each
-    element. The network then learns deviations.
-    """
-    counts = np.stack([np.bincount(frame.system.numbers, minlength=len(force_field.known)) for frame in frames])
-    energies = np.array([frame.labels.energy for frame in frames])
+def _energies_per_element(
+    numbers: Sequence[NDArray[np.int64]], energies: NDArray[np.float64], n_rows: int
+) -> NDArray[np.float64]:
+    """Return e_Z (n_rows,), the least squares of sum_f (E_f - sum_Z n_fZ e_Z)^2 / n_f; 0 for absent elements [eV]."""
+    counts = np.stack([np.bincount(z, minlength=n_rows) for z in numbers])
     present = np.flatnonzero(counts.sum(0))
     weight = 1.0 / np.sqrt(counts.sum(1))
     # a trace of ridge keeps elements that always occur together (P and F in PF6-) from diverging
     design = np.vstack([counts[:, present] * weight[:, None], 1.0e-4 * np.eye(len(present))])
     target = np.concatenate([energies * weight, np.zeros(len(present))])
-    solution = np.linalg.lstsq(design, target, rcond=None)[0]
-    force_field.reference_energy.zero_()
-    force_field.reference_energy[torch.from_numpy(present)] = torch.from_numpy(solution)
+    solution = np.zeros(n_rows)
+    solution[present] = np.linalg.lstsq(design, target, rcond=None)[0]
+    return solution
+
+
+def shift_references(force_field: ForceField, samples: Sequence[Data]) -> None:
+    """Shift the reference energies so that a trained force field starts without offset on another level of theory."""
+    residual = []
+    for sample in samples:
+        output = force_field(*unpack(sample), fixed_terms=False)
+        residual.append(float(sample.energy) - float(output.energy))
+    numbers = [sample.numbers.numpy().astype(np.int64) for sample in samples]
+    shift = _energies_per_element(numbers, np.array(residual), len(force_field.known))
+    force_field.reference_energy += torch.from_numpy(shift)
+
+
+def fit_references(force_field: ForceField, frames: Sequence[Frame]) -> None:
+    """Set per-element reference energies [eV] and charges [e], and the covered elements, from labels.
+
+    Energies: least squares over total energies. Charges: mean label of each element. The network then learns
+    deviations.
+    """
+    numbers = [frame.system.numbers for frame in frames]
+    energies = _energies_per_element(
+        numbers, np.array([frame.labels.energy for frame in frames]), len(force_field.known)
+    )
+    force_field.reference_energy.copy_(torch.from_numpy(energies))
     force_field.known.zero_()
-    force_field.known[torch.from_numpy(present)] = True
+    force_field.known[torch.from_numpy(np.unique(np.concatenate(numbers)))] = True
     charged = [frame for frame in frames if frame.labels.charges is not None]
     if charged:
-        numbers = np.concatenate([frame.system.numbers for frame in charged])
+        labelled = np.concatenate([frame.system.numbers for frame in charged])
         charges = np.concatenate([frame.labels.charges for frame in charged if frame.labels.charges is not None])
         force_field.reference_charge.zero_()
-        for number in np.unique(numbers).tolist():
+        for number in np.unique(labelled).tolist():
             # the inverse of the bound that the model applies to it
-            mean = float(charges[numbers == number].mean()) / force_field.config.charge_limit
+            mean = float(charges[labelled == number].mean()) / force_field.config.charge_limit
             force_field.reference_charge[number] = force_field.config.charge_limit * np.arctanh(
                 np.clip(mean, -0.9, 0.9)
             )
@@ -62,7 +85,10 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
     strain = torch.zeros(1, 3, 3, dtype=torch.float64, requires_grad=True)
     positions = batch.positions.clone().requires_grad_()
     strained, cell = positions + positions @ strain[0], batch.cell + batch.cell @ strain
-    fixed = torch.stack(list(force_field.fixed_terms(batch, strained, cell, neighbors=neighbors).values())).sum()
+    terms = force_field.fixed_terms(batch, strained, cell, neighbors=neighbors)
+    if not frame.labels.contains_dispersion:
+        del terms["dispersion"]
+    fixed = torch.stack(list(terms.values())).sum()
     gradient, strain_gradient = torch.autograd.grad(fixed, (positions, strain))
     labels, n_atoms = frame.labels, frame.system.n_atoms
     return Data(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+WITHOUT_DISPERSION = ("B3LYP/def2-SVPD",)  # levels of theory, as their names begin; all others contain it
+
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -24,3 +26,8 @@ class Labels:
     charges: NDArray[np.float64] | None = None
     dipole: NDArray[np.float64] | None = None
     virial: NDArray[np.float64] | None = None
+
+    @property
+    def contains_dispersion(self) -> bool:
+        """Tell whether the level of theory describes dispersion; where it does not, the force field's comes on top."""
+        return not self.level.startswith(WITHOUT_DISPERSION)

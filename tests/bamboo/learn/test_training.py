@@ -14,7 +14,16 @@ from bamboo import checkpoint, units
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldConfig
 from bamboo.learn.evaluate import evaluate
-from bamboo.learn.fit import LoopBlock, NetworkBlock, TrainConfig, WeightsBlock, _log, _pooled, train
+from bamboo.learn.fit import (
+    LoopBlock,
+    NetworkBlock,
+    TrainConfig,
+    WeightsBlock,
+    _log,
+    _pooled,
+    prepare_force_field,
+    train,
+)
 from bamboo.learn.loop import Loop, LoopConfig, Progress
 from bamboo.learn.losses import LossWeights, loss_parts, total_loss
 from bamboo.learn.samples import (
@@ -362,9 +371,31 @@ def test_settings_that_cannot_work_are_refused_and_dropped_frames_are_told(tmp_p
         train(config.model_copy(update={"start": "default", "network": NetworkBlock()}), say=said.append)
 
 
-def test_start_from_another_level_is_refused(tmp_path: Path) -> None:
-    """Total energies of two methods differ by far more than any loss can mend."""
+def test_start_from_another_level_begins_without_offset(tmp_path: Path) -> None:
+    """Total energies of two methods differ by far more than a loss can mend: the reference energies take it up."""
+    start = tmp_path / "start.safetensors"
+    checkpoint.save(small_force_field(), start, card={"levels": ["springs"]})
     write_frames(tmp_path / "frames.h5", FRAMES)
-    config = TrainConfig(data=[tmp_path / "frames.h5"], output=tmp_path / "m.safetensors", start="gfn2")
-    with pytest.raises(InputError, match="trained on GFN2-xTB, the data are springs"):
-        train(config, say=lambda _: None)
+    config = TrainConfig(data=[tmp_path / "frames.h5"], output=tmp_path / "m.safetensors", start=str(start))
+    np.testing.assert_array_equal(prepare_force_field(config, FRAMES).reference_energy, 0.0)  # the same level
+    moved = [
+        replace(f, labels=replace(f.labels, level="other", energy=f.labels.energy - 1.0e4 * f.system.n_atoms))
+        for f in FRAMES
+    ]
+    force_field = prepare_force_field(config, moved)
+    mean = np.mean([float(s.energy - force_field(*unpack(s), fixed_terms=False).energy) for s in
+                    make_samples(force_field, moved)])  # fmt: skip
+    assert abs(mean) < 0.1
+
+
+def test_dispersion_comes_on_top_of_levels_that_contain_none() -> None:
+    force_field, frame = small_force_field(), spring_frame(3, lithium=True)
+    with_, without = (
+        make_sample(force_field, replace(frame, labels=replace(frame.labels, level=level)))
+        for level in ("GFN2-xTB", "B3LYP/def2-SVPD, RI, grid 2")
+    )
+    batch = Batch.from_systems([frame.system])
+    neighbors = find_neighbors(batch, 5.0, 10.0)
+    dispersion = force_field(batch, neighbors).terms["dispersion"]
+    assert abs(float(dispersion)) > 1.0e-4
+    assert float(with_.energy - without.energy) == pytest.approx(-float(dispersion), rel=1.0e-9)
