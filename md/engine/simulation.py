@@ -178,7 +178,7 @@ class Simulation:
 
 
 class _StopSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT instead of dying of them; a second one acts as it would have before."""
+    """Notes SIGTERM, SIGUSR1 and SIGINT instead of dying of them; a second SIGINT acts as it would have before."""
 
     def __init__(self, *, active: bool) -> None:
         self.received: int | None = None
@@ -197,7 +197,8 @@ class _StopSignals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:  # batch systems repeat the others, people mean it
+            signal.signal(number, self._previous[number])
 
     def leave(self, message: str) -> None:
         """Raise what the signal asks for."""

@@ -70,7 +70,7 @@ def test_signals_leave_a_checkpoint(toys, tmp_path, number):
 
         def evaluate(self, batch):
             self.calls += 1
-            if self.calls == 5:
+            if self.calls == 5 or (self.calls == 6 and number != signal.SIGINT):  # batch systems repeat themselves
                 os.kill(os.getpid(), number)
             return super().evaluate(batch)
 
