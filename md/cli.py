@@ -1,18 +1,16 @@
 """``bamboo-md``: parse, call, print. No physics, and nothing heavy is imported before a command needs it."""
 
-import functools
 import json
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
-from bamboo.errors import BambooError, GuardError, InputError
+from bamboo.errors import GuardError
+from md.cli_data import data_app
+from md.command import reported
 
-P = ParamSpec("P")
 app = typer.Typer(
     name="bamboo-md",
     no_args_is_help=True,
@@ -20,42 +18,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 model_app = typer.Typer(help="Model files.", no_args_is_help=True)
-data_app = typer.Typer(help="Quantum data for training.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(data_app, name="data")
 
-INTERRUPTED, BUG = 130, 1
-
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see `bamboo-md schema`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]
-
-
-def reported(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn exceptions into messages and exit codes: one line for the user, the traceback in error.log."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except BambooError as error:
-            _leave(str(error), error.exit_code)
-        except KeyboardInterrupt as error:
-            _leave(f"Interrupted. {error}".strip(), INTERRUPTED)
-        except typer.Exit:
-            raise
-        except OSError as error:  # full disk, no permission: the machine's matter, not a bug
-            _leave(f"{error.filename or 'output'}: {error.strerror or error}", InputError.exit_code)
-        except Exception as error:
-            Path("error.log").write_text(traceback.format_exc(), encoding="utf-8")
-            what = str(error).splitlines()[0][:200] if str(error) else "no message"
-            _leave(f"Internal error, a bug in bamboo-md: {type(error).__name__}: {what}. Details: error.log", BUG)
-
-    return wrapper
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _print_json(content: Any) -> None:
@@ -230,103 +197,6 @@ def model_import(
 
     import_published(source, destination)
     print(f"wrote {destination}")
-
-
-@data_app.command("info")
-@reported
-def data_info(file: Annotated[Path, typer.Argument(help="HDF5 file of frames.")]) -> None:
-    """Print provenance and counts of a data file."""
-    from bamboo.quantum.dataset import count_table, read_frames, read_provenance
-
-    for name, value in read_provenance(file).items():
-        print(f"{name}: {value}")
-    print(count_table(read_frames(file)))
-
-
-@data_app.command("merge")
-@reported
-def data_merge(
-    sources: Annotated[list[Path], typer.Argument(help="HDF5 files of frames.")],
-    output: Annotated[Path, typer.Option(help="File to write.")],
-) -> None:
-    """Merge data files; trajectories that appear twice are refused."""
-    from bamboo.quantum.dataset import count_table, merge_files
-
-    print(count_table(merge_files(sources, output)))
-
-
-@data_app.command("sample")
-@reported
-def data_sample(
-    folder: Annotated[Path, typer.Argument(help="Where frames go; run again to continue.")],
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
-    scale: Annotated[float, typer.Option(min=1.0e-6, help="Multiply the number of trajectories of the plan.")] = 1.0,
-) -> None:
-    """Sample clusters of electrolyte molecules and label them with GFN2-xTB (needs the extra `qm`)."""
-    from bamboo.quantum.campaign import PLAN, plan_jobs, run_campaign, summary
-
-    plan = {recipe: round(count * scale) for recipe, count in PLAN.items()}
-    run_campaign(plan_jobs(plan, seed=seed), folder, workers=workers, seed=seed)
-    print(summary(folder))
-
-
-@data_app.command("label")
-@reported
-def data_label(
-    structures: Annotated[Path, typer.Argument(help="Structures, extended XYZ; the comment line may hold charge=...")],
-    folder: Annotated[Path, typer.Argument(help="Where frames go; run again to continue.")],
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-) -> None:
-    """Label given structures with GFN2-xTB (needs the extra `qm`)."""
-    from bamboo.quantum.campaign import run_campaign, structure_jobs, summary
-
-    run_campaign(structure_jobs(structures), folder, workers=workers, seed=1, library=False)
-    print(summary(folder))
-
-
-@data_app.command("harvest")
-@reported
-def data_harvest(
-    model: Annotated[str, typer.Argument(help="Model of the zoo or file that drives the dynamics.")],
-    output: Annotated[Path, typer.Argument(help="Extended XYZ file to append structures to.")],
-    boxes: Annotated[int, typer.Option(min=1, help="Number of random liquids.")] = 50,
-    atoms: Annotated[int, typer.Option(min=50, help="Atoms per box.")] = 120,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Simulate random liquids with a model and keep structures worth labelling, failures included."""
-    from bamboo.checkpoint import load
-    from md.harvest import HarvestConfig
-    from md.harvest import harvest as run_harvest
-
-    written = run_harvest(load(model), HarvestConfig(n_boxes=boxes, n_atoms=atoms, seed=seed), output)
-    print(f"wrote {written} structures to {output}")
-
-
-@data_app.command("import")
-@reported
-def data_import(
-    source: Annotated[Path, typer.Argument(help="Extended XYZ file with energies and forces.")],
-    output: Annotated[Path, typer.Argument(help="HDF5 file to write.")],
-    units: Annotated[str, typer.Option(help='"energy,length" or "energy,length,dipole", such as "kcal/mol,Å,Debye".')],
-    level: Annotated[str, typer.Option(help='Name of the method, such as "B3LYP/def2-SVPD".')],
-    key: Annotated[list[str] | None, typer.Option(help="What the file calls a quantity: energy=dft_energy.")] = None,
-) -> None:
-    """Import labelled frames from extended XYZ."""
-    from bamboo.quantum.dataset import count_table, write_frames
-    from bamboo.quantum.importers import import_extxyz
-
-    names = dict(_assignment(text) for text in key or [])
-    frames = import_extxyz(source, units=units, level=level, keys=names)
-    write_frames(output, frames, provenance={"source": source.name, "units": units})
-    print(count_table(frames))
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise InputError(f"--key {text}: expected quantity=name, for example energy=dft_energy.")
-    return name, value
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,17 +1,11 @@
 """Sampling campaigns that survive being stopped: many independent jobs, a few worker processes, one growing dataset.
 
-    python -m bamboo.quantum.campaign sample FOLDER            sample structures and label them with GFN2-xTB
-    python -m bamboo.quantum.campaign label FILE FOLDER        label structures of an extended-XYZ file or a dataset,
-                                                               with GFN2-xTB or (--method dft) with B3LYP
-    python -m bamboo.quantum.campaign merge FOLDER... TARGET   merge finished folders into one HDF5 file
-    python -m bamboo.quantum.campaign select FILE... TARGET    choose small clusters worth a label of a higher level
-
+``bamboo-md data sample`` makes and labels structures, ``bamboo-md data label`` labels given ones.
 Run the same command again to continue: finished jobs are skipped. Sampling jobs come in a shuffled order, structures in
 that of their file, so whatever is finished at any moment is a balanced sample. A folder holds ``shard-NNN.h5``,
 ``finished.jsonl`` and ``conformers.npz``.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -28,14 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bamboo.errors import BambooError, InputError, suggest
+from bamboo.errors import InputError, suggest
 from bamboo.quantum.compositions import NAMES
 from bamboo.quantum.conformers import Library, build_library
-from bamboo.quantum.dataset import append_frames, count_table, merge_files, read_frames, write_frames
+from bamboo.quantum.dataset import append_frames, count_table, read_frames, write_frames
 from bamboo.quantum.dft import DFTLabeller
 from bamboo.quantum.labels import Labels
 from bamboo.quantum.sampling import RECIPES, Outcome, label_structure
-from bamboo.quantum.selection import select_frames
 from bamboo.quantum.xtb import label_xtb
 from bamboo.system import System
 
@@ -167,6 +160,11 @@ def run_campaign(jobs: Sequence[Job], folder: str | Path, *, workers: int, seed:
                 )
 
 
+def shards(folder: Path) -> list[Path]:
+    """Return the files that hold the frames of a campaign."""
+    return sorted(folder.glob("shard-*.h5"))
+
+
 def finished_jobs(folder: Path) -> set[str]:
     """Return the names of finished jobs: those recorded, and those with stored frames (killed before recording)."""
     record = folder / "finished.jsonl"
@@ -177,7 +175,7 @@ def finished_jobs(folder: Path) -> set[str]:
                 names.add(str(json.loads(line)["job"]))
             except (json.JSONDecodeError, KeyError):
                 continue  # a line cut short by a kill: its frames, if any, are found below
-    for shard in sorted(folder.glob("shard-*.h5")):
+    for shard in shards(folder):
         names |= {frame.trajectory for frame in read_frames(shard)}
     return names
 
@@ -185,7 +183,7 @@ def finished_jobs(folder: Path) -> set[str]:
 def summary(folder: str | Path) -> str:
     """Return the table of counts of a campaign, with the structures dropped and the time spent per recipe."""
     folder = Path(folder)
-    frames = [frame for shard in sorted(folder.glob("shard-*.h5")) for frame in read_frames(shard)]
+    frames = [frame for shard in shards(folder) for frame in read_frames(shard)]
     lines = [
         count_table(frames),
         "",
@@ -209,7 +207,7 @@ def provenance(method: str = "gfn2") -> dict[str, str]:
     return {
         "programs": ", ".join(f"{name} {version(name)}" for name in programs),
         "method": METHODS[method].description,
-        "command": shlex.join(["bamboo.quantum.campaign", *sys.argv[1:2]]),
+        "command": shlex.join(["bamboo-md", *sys.argv[1:3]]),
         "licence": LICENCE,
     }
 
@@ -253,64 +251,12 @@ def _run_job(job: Job) -> tuple[Outcome, float]:
 def _record(folder: Path, job: Job, outcome: Outcome, seconds: float) -> None:
     """Append the frames to the newest shard (a new one when it is full), then note the job as finished."""
     if outcome.frames:
-        shards = sorted(folder.glob("shard-*.h5"))
-        if not shards or shards[-1].stat().st_size > MAX_SHARD_BYTES:
-            write_frames(folder / f"shard-{len(shards):03d}.h5", outcome.frames, provenance=provenance(job.method))
+        files = shards(folder)
+        if not files or files[-1].stat().st_size > MAX_SHARD_BYTES:
+            write_frames(folder / f"shard-{len(files):03d}.h5", outcome.frames, provenance=provenance(job.method))
         else:
-            append_frames(shards[-1], outcome.frames)
+            append_frames(files[-1], outcome.frames)
     entry = {"job": job.name, "recipe": job.recipe, "frames": len(outcome.frames), "seconds": round(seconds, 2)}
     entry |= {"unconverged": outcome.unconverged, "reacted": outcome.reacted, "rejected": outcome.rejected}
     with open(folder / "finished.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, run, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bamboo.quantum.campaign", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sample = commands.add_parser("sample", help="sample and label structures")
-    label = commands.add_parser("label", help="label the structures of an extended-XYZ file or a dataset")
-    merge = commands.add_parser("merge", help="merge campaign folders or HDF5 files into one file")
-    label.add_argument("structures", type=Path)
-    label.add_argument("--method", choices=list(METHODS), default="gfn2")
-    for command in (sample, label):
-        command.add_argument("folder", type=Path)
-        command.add_argument("--workers", type=int, default=2)
-        command.add_argument("--seed", type=int, default=1)
-    sample.add_argument("--scale", type=float, default=1.0, help="multiply the number of trajectories of the plan")
-    select = commands.add_parser("select", help="choose small clusters worth a label of a higher level")
-    for command in (merge, select):
-        command.add_argument("sources", type=Path, nargs="+")
-        command.add_argument("target", type=Path)
-    select.add_argument("--count", type=int, default=400)
-    select.add_argument("--atoms", type=int, nargs=2, default=(6, 20), metavar=("MIN", "MAX"))
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "merge":
-            shards = [
-                s for path in options.sources for s in (sorted(path.glob("shard-*.h5")) if path.is_dir() else [path])
-            ]
-            print(count_table(merge_files(shards, options.target)))
-            return 0
-        if options.command == "select":
-            frames = [frame for path in options.sources for frame in read_frames(path)]
-            chosen = select_frames(frames, count=options.count, atoms=tuple(options.atoms))
-            write_frames(options.target, chosen, provenance=provenance())
-            print(count_table(chosen))
-            return 0
-        sampled = options.command == "sample"
-        plan = {recipe: round(count * options.scale) for recipe, count in PLAN.items()} if sampled else {}
-        if sampled:
-            jobs = plan_jobs(plan, seed=options.seed)
-        else:
-            jobs = structure_jobs(options.structures, method=options.method)
-        run_campaign(jobs, options.folder, workers=options.workers, seed=options.seed, library=sampled)
-        print(summary(options.folder))
-    except BambooError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

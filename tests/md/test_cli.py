@@ -114,7 +114,9 @@ def test_commands_exist() -> None:
     for name in ("run", "check", "build", "analyze", "train", "validate", "schema", "doctor", "bench", "model", "data"):
         assert name in out
     assert {"import", "info", "list"} <= set(invoke("model", "--help")[1].split())
-    assert {"import", "info", "merge", "sample", "label", "harvest"} <= set(invoke("data", "--help")[1].split())
+    assert {"import", "info", "merge", "sample", "label", "harvest", "select", "difference", "lift"} <= set(
+        invoke("data", "--help")[1].split()
+    )
     assert invoke("--version")[1].startswith("bamboo-md 0")
 
 

@@ -1,0 +1,188 @@
+"""``bamboo-md data``: frames sampled, labelled, merged, selected, lifted, imported; nothing heavy is imported early."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bamboo.errors import InputError
+from md.command import reported
+
+data_app = typer.Typer(help="Quantum data for training.", no_args_is_help=True)
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")]
+Folder = Annotated[Path, typer.Argument(help="Where frames go; the same command again continues.")]
+Files = Annotated[list[Path], typer.Argument(help="HDF5 files of frames.")]
+
+
+class Method(StrEnum):
+    """Who labels."""
+
+    gfn2 = "gfn2"
+    dft = "dft"
+
+
+@data_app.command("info")
+@reported
+def data_info(file: Annotated[Path, typer.Argument(help="HDF5 file of frames.")]) -> None:
+    """Print provenance and counts of a data file."""
+    from bamboo.quantum.dataset import count_table, read_frames, read_provenance
+
+    for name, value in read_provenance(file).items():
+        print(f"{name}: {value}")
+    print(count_table(read_frames(file)))
+
+
+@data_app.command("merge")
+@reported
+def data_merge(
+    sources: Annotated[list[Path], typer.Argument(help="HDF5 files of frames, or folders of campaigns.")],
+    output: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Merge data files; trajectories that appear twice are refused."""
+    from bamboo.quantum.campaign import shards
+    from bamboo.quantum.dataset import count_table, merge_files
+
+    files = [file for source in sources for file in (shards(source) if source.is_dir() else [source])]
+    print(count_table(merge_files(files, output)))
+
+
+@data_app.command("sample")
+@reported
+def data_sample(
+    folder: Folder,
+    workers: Workers = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    scale: Annotated[float, typer.Option(min=1.0e-6, help="Multiply the number of trajectories of the plan.")] = 1.0,
+) -> None:
+    """Sample clusters of electrolyte molecules and label them with GFN2-xTB (needs the extra `qm`)."""
+    from bamboo.quantum.campaign import PLAN, plan_jobs, run_campaign, summary
+
+    plan = {recipe: round(count * scale) for recipe, count in PLAN.items()}
+    run_campaign(plan_jobs(plan, seed=seed), folder, workers=workers, seed=seed)
+    print(summary(folder))
+
+
+@data_app.command("label")
+@reported
+def data_label(
+    structures: Annotated[Path, typer.Argument(help="Extended XYZ (charge=... in its comment lines) or HDF5 frames.")],
+    folder: Folder,
+    method: Annotated[Method, typer.Option(help="GFN2-xTB, or B3LYP/def2-SVPD for clusters.")] = Method.gfn2,
+    workers: Workers = 1,
+) -> None:
+    """Label given structures (needs the extra `qm`)."""
+    from bamboo.quantum.campaign import run_campaign, structure_jobs, summary
+
+    jobs = structure_jobs(structures, method=method.value)
+    run_campaign(jobs, folder, workers=workers, seed=1, library=False)
+    print(summary(folder))
+
+
+@data_app.command("select")
+@reported
+def data_select(
+    sources: Files,
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    count: Annotated[int, typer.Option(min=1, help="How many frames.")] = 400,
+    atoms: Annotated[tuple[int, int], typer.Option(help="Smallest and largest cluster.")] = (6, 20),
+) -> None:
+    """Select small clusters that deserve a label of a higher level."""
+    from bamboo.quantum.dataset import count_table, read_frames, read_provenance, write_frames
+    from bamboo.quantum.selection import select_frames
+
+    frames = [frame for source in sources for frame in read_frames(source)]
+    chosen = select_frames(frames, count=count, atoms=atoms)
+    known = read_provenance(sources[0])
+    write_frames(output, chosen, provenance={k: v for k, v in known.items() if not k.startswith("format")})
+    print(count_table(chosen))
+
+
+@data_app.command("difference")
+@reported
+def data_difference(
+    model: Annotated[str, typer.Argument(help="Model of the zoo or file, trained on the cheap labels.")],
+    sources: Files,
+    good: Annotated[Path, typer.Option(help="HDF5 frames with the good labels.")],
+    output: Annotated[Path, typer.Option(help="File to write, for a training with `fixed_terms: false`.")],
+) -> None:
+    """Write what a short-range difference model learns: good minus cheap labels of the same geometries."""
+    from bamboo.checkpoint import load
+    from bamboo.learn.lift import difference_frames
+    from bamboo.quantum.dataset import count_table, read_frames, write_frames
+
+    cheap = [frame for source in sources for frame in read_frames(source)]
+    frames = difference_frames(load(model), cheap, read_frames(good))
+    write_frames(output, frames, provenance={"base": model, "good": good.name})
+    print(count_table(frames))
+
+
+@data_app.command("lift")
+@reported
+def data_lift(
+    model: Annotated[str, typer.Argument(help="Model of the zoo or file, trained on the cheap labels.")],
+    difference: Annotated[Path, typer.Argument(help="Difference model.")],
+    sources: Files,
+    output: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Lift cheap labels to the level of the good ones with a difference model."""
+    from bamboo.checkpoint import describe, load
+    from bamboo.learn.lift import lift_frames
+    from bamboo.quantum.dataset import count_table, read_frames, write_frames
+
+    (level,) = describe(difference)["card"]["levels"]
+    cheap = [frame for source in sources for frame in read_frames(source)]
+    good = level.partition(" - ")[0]
+    lifted = lift_frames(load(model), load(difference), cheap, level=good, progress=_tell)
+    write_frames(output, lifted, provenance={"base": model, "difference": difference.name})
+    print(count_table(lifted))
+
+
+def _tell(done: int, total: int) -> None:
+    if done % 500 == 0 or done == total:
+        print(f"{done}/{total} frames", flush=True)
+
+
+@data_app.command("harvest")
+@reported
+def data_harvest(
+    model: Annotated[str, typer.Argument(help="Model of the zoo or file that drives the dynamics.")],
+    output: Annotated[Path, typer.Argument(help="Extended XYZ file to append structures to.")],
+    boxes: Annotated[int, typer.Option(min=1, help="Number of random liquids.")] = 50,
+    atoms: Annotated[int, typer.Option(min=50, help="Atoms per box.")] = 120,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Simulate random liquids with a model and keep structures worth labelling, failures included."""
+    from bamboo.checkpoint import load
+    from md.harvest import HarvestConfig
+    from md.harvest import harvest as run_harvest
+
+    written = run_harvest(load(model), HarvestConfig(n_boxes=boxes, n_atoms=atoms, seed=seed), output)
+    print(f"wrote {written} structures to {output}")
+
+
+@data_app.command("import")
+@reported
+def data_import(
+    source: Annotated[Path, typer.Argument(help="Extended XYZ file with energies and forces.")],
+    output: Annotated[Path, typer.Argument(help="HDF5 file to write.")],
+    units: Annotated[str, typer.Option(help='"energy,length" or "energy,length,dipole", such as "kcal/mol,Å,Debye".')],
+    level: Annotated[str, typer.Option(help='Name of the method, such as "B3LYP/def2-SVPD".')],
+    key: Annotated[list[str] | None, typer.Option(help="What the file calls a quantity: energy=dft_energy.")] = None,
+) -> None:
+    """Import labelled frames from extended XYZ."""
+    from bamboo.quantum.dataset import count_table, write_frames
+    from bamboo.quantum.importers import import_extxyz
+
+    names = dict(_assignment(text) for text in key or [])
+    frames = import_extxyz(source, units=units, level=level, keys=names)
+    write_frames(output, frames, provenance={"source": source.name, "units": units})
+    print(count_table(frames))
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise InputError(f"--key {text}: expected quantity=name, for example energy=dft_energy.")
+    return name, value
