@@ -27,10 +27,8 @@ def frames(level: str, energy: float) -> list[Frame]:
     generator = np.random.default_rng(0)
     made = []
     for k in range(4):
-        positions = molecule("EC").positions + generator.normal(scale=0.02, size=(10, 3))
-        system = System(
-            molecule("EC").numbers, positions.astype(np.float32).astype(float), np.zeros((3, 3)), False, 0.0
-        )
+        positions = round_positions(molecule("EC").positions + generator.normal(scale=0.02, size=(10, 3)))
+        system = System(molecule("EC").numbers, positions, np.zeros((3, 3)), False, 0.0)
         made.append(Frame(system, Labels(level, energy, np.ones((10, 3))), "neutral", "dynamics", f"run-{k}"))
     return made
 
