@@ -26,14 +26,14 @@ class LossWeights:
     """
 
     forces: float = 1.0
-    energy: float = 1.0
+    energy: float = 0.2
     charges: float = 0.5
     dipole: float = 0.3
     virial: float = 1.0
     raw_charge: float = 1.0
 
 
-HUBER_WIDTH = {"forces": 0.1, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2}  # internal units
+HUBER_WIDTH = {"forces": 1.0, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2}  # internal units
 
 
 def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
