@@ -144,7 +144,7 @@ def unpack(data: Data) -> tuple[Batch, Neighbors]:
 
 
 def far_pairs(frames: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
-    """Return frames of two labelled clusters placed 500 Å apart, drawn so that every total charge is equally likely.
+    """Return frames of two labelled clusters placed 500 Å apart, of all charges and sizes.
 
     Labels add, each cluster keeps its own charges; the energy gains the Coulomb energy of the labelled charges. They
     teach the network that ions far apart keep their charge. No dipole: over 500 Å it would drown all other errors.
@@ -154,7 +154,8 @@ def far_pairs(frames: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
     if len(clusters) < 2:
         return []
     charge = np.array([round(f.system.total_charge) for f in clusters])
-    chance = 1.0 / np.array([np.sum(charge == q) for q in charge])  # every total charge equally often
+    # every total charge equally often, and among them small clusters: a bare ion must keep its charge as well
+    chance = 1.0 / np.array([np.sum(charge == q) * f.system.n_atoms for q, f in zip(charge, clusters, strict=True)])
     made = []
     for _ in range(count):
         first, second = generator.choice(len(clusters), size=2, replace=False, p=chance / chance.sum())
