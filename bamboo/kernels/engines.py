@@ -1,5 +1,6 @@
 """Who does the work of an evaluation: the engines, one interface, and the choice among them."""
 
+import importlib.util
 import logging
 from functools import cache
 from typing import Protocol
@@ -13,7 +14,7 @@ from bamboo.neighbors import Neighbors, find_neighbors, trim
 from bamboo.nn.radial import safe_norm
 from bamboo.system import Batch
 
-ENGINES = ("auto", "reference", "native")
+ENGINES = ("auto", "reference", "native", "triton")
 
 
 class Engine(Protocol):
@@ -75,6 +76,31 @@ def native_status() -> str:
     return ""
 
 
+def triton_status(device: torch.device | str = "cuda") -> str:
+    """Return "" where the Triton engine works on the device, else one line that says why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install bamboo-md[gpu]"
+    from bamboo.kernels.triton_network import INTERPRETED
+
+    if torch.device(device).type != "cuda":
+        return "" if INTERPRETED else "it needs a CUDA device"
+    return "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+
+
+def _triton(force_field: ForceField, device: torch.device) -> Engine:
+    if reason := triton_status(device):
+        raise EngineUnavailableError(reason)
+    from bamboo.kernels.triton_engine import TritonEngine
+
+    return TritonEngine(force_field)
+
+
+def _native(force_field: ForceField, device: torch.device) -> Engine:
+    if device.type != "cpu":
+        raise EngineUnavailableError(f"it works on the CPU only, but the device is {device}")
+    return NativeEngine(force_field)
+
+
 def choose(force_field: ForceField, name: str = "auto", *, device: torch.device) -> Engine:
     """Return the engine of that name; "auto" takes the fastest at hand and says in one line what is lost if it is slow.
 
@@ -82,14 +108,13 @@ def choose(force_field: ForceField, name: str = "auto", *, device: torch.device)
     """
     if name not in ENGINES:
         raise InputError(f"engine is '{name}', expected one of {', '.join(ENGINES)}.")
-    if name == "reference" or (name == "auto" and device.type != "cpu"):
+    if name == "reference":
         return ReferenceEngine(force_field)
-    if device.type != "cpu":
-        raise InputError(f"engine 'native' works on the CPU only, but the device is {device}.")
+    fastest = "native" if device.type == "cpu" else "triton"
     try:
-        return NativeEngine(force_field)
+        return {"native": _native, "triton": _triton}[fastest if name == "auto" else name](force_field, device)
     except EngineUnavailableError as error:
-        if name == "native":
-            raise InputError(f"engine 'native' cannot be used: {error}.") from error
-        _warn_once(f"Native engine not used: {error}. The reference engine is about ten times slower.")
+        if name != "auto":
+            raise InputError(f"engine '{name}' cannot be used: {error}.") from error
+        _warn_once(f"{fastest.capitalize()} engine not used: {error}. The reference engine is about ten times slower.")
         return ReferenceEngine(force_field)

@@ -112,8 +112,8 @@ def piecewise_polynomial(
     return solved
 
 
-def _tables(force_field: ForceField) -> dict[str, Any]:
-    """Return the numbers the library needs besides the tensors of the model file, by name."""
+def tables(force_field: ForceField) -> dict[str, Any]:
+    """Return the numbers an engine needs besides the tensors of the model file, by name."""
     config, network = force_field.config, force_field.network
     cutoff = config.network.cutoff
     weight, betas = network.edge.weight.detach().double().cpu(), network.radial.betas.detach().double().cpu()
@@ -170,6 +170,12 @@ def _tables(force_field: ForceField) -> dict[str, Any]:
     }
 
 
+def fingerprint(force_field: ForceField) -> list[tuple[int, int]]:
+    """Return what changes when a tensor of the model is changed in place or replaced."""
+    tensors = (*force_field.parameters(), *force_field.buffers())
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
 class _Model:
     """A force field packed for the library."""
 
@@ -178,7 +184,7 @@ class _Model:
         self.handle = native.bamboo_model_new(int(force_field.dtype == torch.float64))
         weakref.finalize(self, native.bamboo_model_delete, self.handle)
         tensors = {name: tensor.detach().cpu() for name, tensor in force_field.state_dict().items()}
-        for name, values in {**tensors, **_tables(force_field)}.items():
+        for name, values in {**tensors, **tables(force_field)}.items():
             array = np.ascontiguousarray(values, dtype=np.float64)
             _check(native.bamboo_model_set(self.handle, name.encode(), array.ctypes.data, array.size))
         _check(native.bamboo_model_prepare(self.handle))
@@ -211,14 +217,9 @@ class NativeEngine:
         self._pack()
 
     def _pack(self) -> None:
-        self._packed = self._fingerprint()
+        self._packed = fingerprint(self.force_field)
         self._model = _Model(self.force_field)
         self._systems: list[_System] = []
-
-    def _fingerprint(self) -> list[tuple[int, int]]:
-        """Return what changes when a tensor of the model is changed in place or replaced."""
-        tensors = (*self.force_field.parameters(), *self.force_field.buffers())
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
     def reset(self) -> None:
         """Forget lists and meshes."""
@@ -226,7 +227,7 @@ class NativeEngine:
 
     def rebuild(self, batch: Batch, skin: float) -> None:
         """Build the neighbour lists of every system; they hold while no atom moves more than half the skin [Å]."""
-        if self._packed != self._fingerprint():
+        if self._packed != fingerprint(self.force_field):
             self._pack()
         if len(self._systems) != batch.n_systems:
             self._systems = [_System(self._model) for _ in range(batch.n_systems)]
@@ -250,7 +251,7 @@ class NativeEngine:
 
     def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
         """Return the output and the closest pair. Parameters that were changed (training) are packed anew."""
-        if self._packed != self._fingerprint():
+        if self._packed != fingerprint(self.force_field):
             self.rebuild(batch, self._skin)
         n_atoms, n_systems = batch.n_atoms, batch.n_systems
         forces, charges = np.empty((n_atoms, 3)), np.empty(n_atoms)

@@ -1,0 +1,361 @@
+"""The Triton engine: the whole evaluation on a GPU, as one CUDA graph.
+
+Sums over neighbours are Triton kernels (``triton_network.py``, ``triton_pairs.py``), matrices and the mesh are torch.
+Lists are full and every atom collects its own sums; the same hand-derived backward pass as in the native engine carries
+dE_network/dx and the response of the charges. Between two builds of the lists nothing waits for the host: on a GPU the
+evaluation is captured once and replayed. With TRITON_INTERPRET=1 the same code runs on a CPU, slowly, for tests.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from bamboo import units
+from bamboo.forcefield import ForceField, ForceFieldOutput
+from bamboo.kernels import triton_pairs as pairs
+from bamboo.kernels.device_lists import Rows
+from bamboo.kernels.mesh import MeshPlan, TorchMesh
+from bamboo.kernels.native import ClosestPair, EngineUnavailableError, fingerprint, tables
+from bamboo.kernels.triton_network import INTERPRETED, Edges, Network, block
+from bamboo.neighbors import check_density
+from bamboo.system import Batch
+from bamboo.terms.charges import bound, system_sum
+from bamboo.terms.dispersion import ROWS
+
+LANES = 64  # neighbours that a program of ``triton_pairs`` takes at a time
+_Results = tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]  # of TritonEngine._compute
+VIRIAL = [0, 1, 2, 1, 3, 4, 2, 4, 5]  # where in xx xy xz yy yz zz the nine numbers are
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Periodic systems whose meshes have the same number of nodes: systems (R,), their atoms, the box of each atom."""
+
+    systems: torch.Tensor
+    atoms: torch.Tensor
+    box_of: torch.Tensor
+    mesh: TorchMesh
+
+
+class _Tables:
+    """The tables of a force field, on its device, and the settings of the kernels."""
+
+    def __init__(self, force_field: ForceField) -> None:
+        device, numbers = force_field.known.device, tables(force_field)
+
+        def table(name: str) -> torch.Tensor:
+            return torch.as_tensor(numbers[name], dtype=torch.float64).to(device)
+
+        self.feature = table("feature_table")
+        self.intervals = len(self.feature)
+        self.chi_square, self.hardness = table("chi_square"), table("hardness")
+        self.reference_charge = table("reference_charge")
+        self.alpha = numbers["coulomb.alpha"]
+        self.coulomb = {
+            "CUTOFF": numbers["cutoff"], "STRENGTH": numbers["coulomb.strength"], "CONTACT": numbers["coulomb.contact"],
+            "SHARPNESS": numbers["coulomb.sharpness"], "ALPHA": self.alpha,
+        }  # fmt: skip
+        c6, radius = table("dispersion.c6"), table("repulsion.covalent_radius")
+        z = torch.arange(ROWS, dtype=torch.float64, device=device)
+        power = z.pow(0.23)
+        screening = [table("repulsion.screening_weight"), table("repulsion.screening_decay")]
+        self.pairs = (
+            (c6[:, None] * c6).sqrt(), numbers["dispersion.a2"] * table("dispersion.radius"), radius[:, None] + radius,
+            units.COULOMB_CONSTANT * z[:, None] * z, (power[:, None] + power) / numbers["repulsion.screening_length"],
+            torch.stack(screening, dim=1),
+        )  # fmt: skip
+        self.fixed = {
+            "ROWS": ROWS, "CUTOFF": numbers["dispersion.cutoff"], "S6": numbers["dispersion.s6"],
+            "A1": numbers["dispersion.a1"], "STEEPNESS": numbers["dispersion.steepness"],
+            "DAMPING": numbers["dispersion.damping_length"],
+            "SWITCH_START": numbers["dispersion.switch_start"] * numbers["dispersion.cutoff"],
+            "SMOOTH": numbers["dispersion.smooth"], "WALL": numbers["repulsion"], "INNER": numbers["repulsion.inner"],
+            "OUTER": numbers["repulsion.outer"], "TERMS": len(screening[0]),
+        }  # fmt: skip
+
+
+class _Plan:
+    """All that belongs to one batch and does not move: lists, meshes, constants of the atoms, buffers of the edges."""
+
+    def __init__(self, force_field: ForceField, tables: _Tables, batch: Batch) -> None:
+        self.batch, device = batch, batch.positions.device
+        self.numbers, self.system = batch.numbers.to(torch.int32), batch.system_index.to(torch.int32)
+        self.sizes = batch.atoms_per_system.double()
+        self.periodic = batch.pbc.double()
+        self.chi_square, self.hardness = tables.chi_square[batch.numbers], tables.hardness[batch.numbers]
+        self.reference_charge = tables.reference_charge[batch.numbers]
+        reference = force_field.reference_energy[batch.numbers]
+        self.reference = system_sum(reference, batch.system_index, batch.n_systems)
+        one = torch.ones((), dtype=torch.float64, device=device)
+        self.tail = torch.stack([  # eV Å^3: dispersion beyond the cutoff, times the volume
+            force_field.dispersion.tail_energy(batch.numbers[batch.system_index == system], one) * periodic
+            for system, periodic in enumerate(self.periodic)
+        ])  # fmt: skip
+        self.virial = torch.tensor(VIRIAL, device=device)
+        self.near, self.far = Rows(batch.n_atoms, device), Rows(batch.n_atoms, device)
+        self.charged = self.near if bool(batch.pbc.all()) else Rows(batch.n_atoms, device)
+        self.meshes = [MeshPlan() for _ in range(batch.n_systems)]
+        self.boxes: list[_Boxes] = []
+
+    def fits(self, batch: Batch) -> bool:
+        """Tell whether the batch holds the same atoms in the same systems."""
+        names = ("numbers", "system_index", "pbc")
+        return all(torch.equal(getattr(self.batch, name), getattr(batch, name)) for name in names)
+
+    def build_lists(self, batch: Batch, force_field: ForceField, skin: float) -> bool:
+        """Find the neighbours anew; return whether a tensor had to be replaced."""
+        near = torch.full_like(self.periodic, force_field.config.network.cutoff + skin)
+        far = torch.full_like(self.periodic, force_field.config.dispersion.cutoff + skin)
+        moved = [self.near.fill(batch, near), self.far.fill(batch, far)]
+        if self.charged is not self.near:
+            moved.append(self.charged.fill(batch, torch.where(batch.pbc, near, torch.inf)))
+        if moved[0]:
+            def empty(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
+                return torch.empty(shape, dtype=kind, device=batch.positions.device)
+
+            n, capacity, real = batch.n_atoms, self.near.capacity, force_field.dtype
+            self.edges = Edges(
+                start=self.near.start, kept=empty(n), sender=empty(capacity), interval=empty(capacity),
+                place=empty(capacity, 4, kind=real), gradient=empty(capacity, 4, kind=real),
+            )  # fmt: skip
+        return any(moved)
+
+    def build_meshes(self, batch: Batch, alpha: float) -> bool:
+        """Choose the number of nodes for each cell; return whether any has changed."""
+        periodic = torch.nonzero(batch.pbc).flatten().tolist()
+        before = [tuple(self.meshes[system].size) for system in periodic]
+        for system, cell in zip(periodic, batch.cell[batch.pbc].cpu().numpy(), strict=True):
+            self.meshes[system].fit(cell)
+        sizes = [tuple(int(n) for n in self.meshes[system].size) for system in periodic]
+        if sizes == before and self.boxes:
+            return False
+        device = batch.positions.device
+        self.boxes = []
+        for size in sorted(set(sizes)):
+            members = [system for system, own in zip(periodic, sizes, strict=True) if own == size]
+            box_of = torch.full((batch.n_systems,), -1, device=device)
+            box_of[members] = torch.arange(len(members), device=device)
+            atoms = torch.nonzero(box_of[batch.system_index] >= 0).flatten()
+            self.boxes.append(
+                _Boxes(
+                    torch.tensor(members, device=device), atoms, box_of[batch.system_index[atoms]],
+                    TorchMesh(size, alpha, device),
+                )
+            )  # fmt: skip
+        return True
+
+
+class TritonEngine:
+    """Evaluate a force field with Triton.
+
+    Raises EngineUnavailableError where there is no GPU (and no interpreter), or the kernels do not take the network.
+    """
+
+    name = "triton"
+
+    def __init__(self, force_field: ForceField) -> None:
+        if force_field.known.device.type != "cuda" and not INTERPRETED:
+            raise EngineUnavailableError("it needs a CUDA device")
+        network = force_field.config.network
+        if network.channels & (network.channels - 1) or network.heads & (network.heads - 1):
+            raise EngineUnavailableError("no kernel for this number of channels and heads: both must be powers of two")
+        self.force_field = force_field
+        self._skin = 0.0
+        self._pack()
+
+    def _pack(self) -> None:
+        self._packed = fingerprint(self.force_field)
+        with torch.no_grad():
+            self._tables = _Tables(self.force_field)
+            self._network = Network(self.force_field, self._tables.feature)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget lists, meshes and the captured graph."""
+        self._plan: _Plan | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def rebuild(self, batch: Batch, skin: float) -> None:
+        """Build the lists; they hold while no atom moves more than half the skin [Å]."""
+        if self._packed != fingerprint(self.force_field):
+            self._pack()
+        self._skin = skin
+        reach = max(self.force_field.config.network.cutoff, self.force_field.config.dispersion.cutoff) + skin
+        for size, cell in zip(
+            batch.atoms_per_system[batch.pbc].tolist(), batch.cell[batch.pbc].cpu().numpy(), strict=True
+        ):
+            check_density(size, cell, reach)
+        if self._plan is None or not self._plan.fits(batch):
+            self.reset()
+            self._plan = _Plan(self.force_field, self._tables, batch)
+        changed = self._plan.build_lists(batch, self.force_field, skin)
+        changed = self._plan.build_meshes(batch, self._tables.alpha) or changed
+        if changed:
+            self._graph = None
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
+        """Return the output and the closest pair. Parameters that were changed (training) are packed anew."""
+        if self._packed != fingerprint(self.force_field) or self._plan is None:
+            self.rebuild(batch, self._skin)
+        moving = (batch.positions, batch.cell, batch.total_charge)
+        parts, values, closest = self._replay(moving) if batch.positions.is_cuda else self._compute(*moving)
+        names = ["network", "electrostatic", "electronegativity", "dispersion", "repulsion", "reference"]
+        terms = dict(zip(names, parts, strict=True))
+        if not self.force_field.config.repulsion:
+            del terms["repulsion"]
+        forces, virial, charges, dipole, raw_charge = values
+        output = ForceFieldOutput(
+            energy=parts.sum(0), forces=forces, virial=virial, charges=charges, dipole=dipole, raw_charge=raw_charge,
+            terms=terms,
+        )  # fmt: skip
+        distance, i, j = closest.tolist()  # the one place where the host waits
+        return output, ClosestPair(distance, int(i), int(j)) if j >= 0 else ClosestPair()
+
+    def _replay(self, moving: tuple[torch.Tensor, ...]) -> _Results:
+        """Copy what moves to where the graph reads it, replay the graph, return copies of its results."""
+        with torch.cuda.device(moving[0].device):
+            if self._graph is None:
+                self._capture(moving)
+            for static, value in zip(self._moving, moving, strict=True):
+                static.copy_(value)
+            self._graph.replay()
+            parts, values, closest = self._results
+            return parts.clone(), tuple(value.clone() for value in values), closest
+
+    def _capture(self, moving: tuple[torch.Tensor, ...]) -> None:
+        self._moving = tuple(value.clone() for value in moving)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles the kernels and lets the libraries allocate what they need
+            for _ in range(2):
+                self._compute(*self._moving)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = self._compute(*self._moving)
+
+    def _compute(self, positions: torch.Tensor, cell: torch.Tensor, total_charge: torch.Tensor) -> _Results:
+        """Evaluate; everything stays on the device. Returns the terms of the energy (6, n_systems), forces, virial,
+        charges, dipole and raw charge, and the closest pair (distance, i, j).
+        """
+        plan, network, limit = self._plan, self._network, self.force_field.config.charge_limit
+        batch, system = plan.batch, plan.batch.system_index
+        n_systems = batch.n_systems
+        ledger = positions.new_zeros(pairs.LEDGER_ROWS, len(positions))
+        closest = self._find_edges(positions, cell)
+        energy, charge = network.forward(batch.numbers, plan.edges)
+
+        raw = bound(charge.double() + plan.reference_charge, limit)
+        raw_charge = system_sum(raw, system, n_systems)
+        charges = raw + ((total_charge - raw_charge) / plan.sizes)[system]
+        self._coulomb(positions, cell, charges, ledger)
+        potential = ledger[pairs.POTENTIAL.value]
+        electrostatic = system_sum(0.5 * charges * potential, system, n_systems)
+        reciprocal, virial = self._add_mesh(positions, cell, charges, ledger)
+
+        # E_chi = sum chi^2 q + J^2 q^2; dE/dq = phi + chi^2 + 2 J^2 q, then back through the shift and the bound
+        chi_square, hardness = plan.chi_square, plan.hardness
+        slope = potential + chi_square + 2.0 * hardness.square() * charges
+        mean = system_sum(slope, system, n_systems) / plan.sizes
+        adjoint = (slope - mean[system]) * (1.0 - (raw / limit).square())
+        if self.force_field.config.charge_response == "frozen":
+            adjoint = torch.zeros_like(adjoint)
+        plan.edges.gradient.zero_()
+        network.backward(adjoint.to(energy.dtype), plan.edges)
+        self._edge_forces(ledger)
+        self._fixed(positions, cell, ledger)
+
+        virials = pairs.VIRIAL.value
+        per_atom = torch.stack([
+            energy.double(), chi_square * charges + (hardness * charges).square(), ledger[pairs.DISPERSION.value],
+            ledger[pairs.REPULSION.value], *(charges * positions.T), *ledger[virials : virials + 6],
+        ], dim=1)  # fmt: skip
+        total = system_sum(per_atom, system, n_systems)
+        tail = plan.tail / torch.where(batch.pbc, _inverse_and_volume(cell)[1], 1.0)
+        parts = torch.stack(
+            [total[:, 0], electrostatic + reciprocal, total[:, 1], total[:, 2] + tail, total[:, 3], plan.reference]
+        )
+        virial = virial + total[:, 7:][:, plan.virial].view(-1, 3, 3) + torch.diag_embed(tail[:, None].expand(-1, 3))
+        forces = ledger[: pairs.FORCE.value + 3].T.contiguous()
+        return parts, (forces, virial, charges, total[:, 4:7], raw_charge), closest
+
+    def _launch(self, kernel: Any, *arrays: torch.Tensor, **settings: Any) -> None:
+        """Launch a kernel of ``triton_pairs`` over all atoms."""
+        n_atoms = self._plan.batch.n_atoms
+        atoms = block(n_atoms, 1)
+        kernel[(triton.cdiv(n_atoms, atoms),)](*arrays, n_atoms, A=atoms, B=LANES, **settings)
+
+    def _find_edges(self, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+        """Fill the edges; return the closest pair as (distance, i, j), j = -1 where no pair is within the cutoff."""
+        plan, rows, edges = self._plan, self._plan.near, self._plan.edges
+        nearest, partner = positions.new_empty(len(positions)), torch.empty_like(plan.numbers)
+        self._launch(
+            pairs.edges_kernel, positions, cell, plan.system, rows.start, rows.index, rows.shift,
+            edges.kept, edges.sender, edges.interval, edges.place, nearest, partner,
+            CUTOFF=self._tables.coulomb["CUTOFF"], INTERVALS=self._tables.intervals,
+        )  # fmt: skip
+        atom = nearest.argmin()
+        return torch.stack([nearest[atom], atom.double(), partner[atom].double()])
+
+    def _coulomb(self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor) -> None:
+        """Add the real-space part of boxes and all pairs of clusters, at fixed charges."""
+        plan, rows = self._plan, self._plan.charged
+        self._launch(
+            pairs.coulomb_kernel, positions, cell, plan.system, rows.start, rows.index, rows.shift, charges,
+            plan.periodic, ledger, **self._tables.coulomb,
+        )  # fmt: skip
+
+    def _edge_forces(self, ledger: torch.Tensor) -> None:
+        """Add the forces of the network along the edges."""
+        edges, width = self._plan.edges, self._tables.coulomb["CUTOFF"] / self._tables.intervals
+        self._launch(
+            pairs.edge_forces_kernel, edges.start, edges.kept, edges.interval, edges.place, edges.gradient, ledger,
+            WIDTH=width,
+        )  # fmt: skip
+
+    def _fixed(self, positions: torch.Tensor, cell: torch.Tensor, ledger: torch.Tensor) -> None:
+        """Add dispersion and repulsion."""
+        plan, rows = self._plan, self._plan.far
+        self._launch(
+            pairs.fixed_kernel, positions, cell, plan.system, rows.start, rows.index, rows.shift, plan.numbers,
+            *self._tables.pairs, ledger, **self._tables.fixed,
+        )  # fmt: skip
+
+    def _add_mesh(
+        self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the reciprocal part of the boxes with self term and neutralising background, at fixed charges.
+
+        Adds potential and force of each atom to the ledger; returns energy (n_systems,) and virial (n_systems, 3, 3).
+        """
+        batch, alpha = self._plan.batch, self._tables.alpha
+        energy, virial = positions.new_zeros(batch.n_systems), positions.new_zeros(batch.n_systems, 3, 3)
+        for boxes in self._plan.boxes:
+            inverse, volume = _inverse_and_volume(cell[boxes.systems])
+            q = charges[boxes.atoms]
+            waves, wave_virial, potential, gradient = boxes.mesh(
+                q, positions[boxes.atoms], boxes.box_of, inverse=inverse, volume=volume
+            )
+            own = units.COULOMB_CONSTANT * alpha / math.sqrt(math.pi)
+            background = units.COULOMB_CONSTANT * math.pi / (2.0 * volume * alpha**2)
+            total, squares = (system_sum(values, boxes.box_of, len(volume)) for values in (q, q.square()))
+            uniform = background * total.square()
+            energy[boxes.systems] = waves - own * squares - uniform
+            virial[boxes.systems] = wave_virial - torch.diag_embed(uniform[:, None].expand(-1, 3))
+            potential = potential - 2.0 * own * q - 2.0 * (background * total)[boxes.box_of]
+            ledger[pairs.POTENTIAL.value].index_add_(0, boxes.atoms, potential)
+            ledger[: pairs.FORCE.value + 3].index_add_(1, boxes.atoms, -(q[:, None] * gradient).T)
+        return energy, virial
+
+
+def _inverse_and_volume(cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows b_d (R, 3, 3) for which b_d . r is the coordinate along cell vector d, and the volume (R,)."""
+    a, b, c = cell.unbind(1)
+    cross = torch.linalg.cross
+    signed = (a * cross(b, c)).sum(1)
+    return torch.stack([cross(b, c), cross(c, a), cross(a, b)], dim=1) / signed[:, None, None], signed.abs()
