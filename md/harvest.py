@@ -5,6 +5,7 @@ random densities and temperatures, keeps snapshots (small boxes as they are, lar
 first shell), and where a guard stops a run it keeps the frames that led there. Label them, train again, repeat.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,6 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
-import torch
 
 from bamboo.errors import BambooError, InputError
 from bamboo.evaluator import Evaluator
@@ -64,9 +64,7 @@ def harvest(force_field: ForceField, config: HarvestConfig, path: Path, *, say: 
     Each carries charge, kind, sampling, trajectory and temperature_K in its comment line. Boxes already in the file are
     skipped, so the same command continues.
     """
-    finished = set()
-    if path.exists():
-        finished = {str(atoms.info["trajectory"]) for atoms in ase.io.iread(str(path), index=":", format="extxyz")}
+    finished = _finished_boxes(path)
     written = stopped = 0
     for index in range(config.n_boxes):
         name = f"harvest-{config.seed}-{config.n_atoms}-{index:04d}"
@@ -75,12 +73,36 @@ def harvest(force_field: ForceField, config: HarvestConfig, path: Path, *, say: 
         generator = np.random.default_rng([config.seed, config.n_atoms, index])
         structures, problem = _one_box(force_field, config, generator, name=name)
         if structures:
-            ase.io.write(str(path), structures, format="extxyz", append=True)
+            _append(path, structures)
         written += len(structures)
         stopped += problem is not None
         say(f"box {index + 1}/{config.n_boxes}: {len(structures)} structures" + (f"; {problem}" if problem else ""))
     say(f"{written} structures written to {path}; {stopped} boxes could not be packed or were stopped")
     return written
+
+
+def _finished_boxes(path: Path) -> set[str]:
+    """Return the names of the boxes in a harvest file; InputError where the file is damaged or foreign."""
+    frames = 0
+    names = set()
+    try:
+        for atoms in ase.io.iread(str(path), index=":", format="extxyz") if path.exists() else ():
+            names.add(str(atoms.info["trajectory"]))
+            frames += 1
+    except (ValueError, KeyError, IndexError, OSError, StopIteration, RuntimeError) as error:
+        raise InputError(
+            f"{path}: structure {frames + 1} is not one of a harvest, or was cut short. Remove it and what follows, or "
+            "choose another file."
+        ) from error
+    return names
+
+
+def _append(path: Path, structures: list[ase.Atoms]) -> None:
+    """Add the structures of a box to the file all at once: a kill leaves the file as it was or complete."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_bytes(path.read_bytes() if path.exists() else b"")
+    ase.io.write(str(draft), structures, format="extxyz", append=True)
+    os.replace(draft, path)
 
 
 def _one_box(
@@ -146,7 +168,7 @@ def squeeze(
     """Shrink the one box of a simulation to a density in small steps; dynamics in between lets go of the heat."""
     state = simulation.state
     while (gap := (float(state.density_g_cm3[0]) / density_g_cm3) ** (1.0 / 3.0) - 1.0) < -1.0e-4:
-        state.scale_box(torch.tensor([1.0 + max(gap, -SQUEEZE_STEP)], dtype=torch.float64))
+        state.scale_volume(float(state.volume[0]) * (1.0 + max(gap, -SQUEEZE_STEP)) ** 3)
         state.evaluate(simulation.evaluator)
         simulation.run(steps)
         if after_each is not None:

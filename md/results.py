@@ -16,14 +16,14 @@ from md.analysis.conductivity import conductivity, green_kubo_conductivity
 from md.analysis.density import SHORTEST_PS, density
 from md.analysis.diffusion import self_diffusion
 from md.analysis.estimate import Estimate, format_time, no_value
-from md.analysis.statistics import combine, equilibration_start
-from md.analysis.structure import coordination_numbers, ion_pairing
+from md.analysis.statistics import combine, equilibration_start, series_mean
+from md.analysis.structure import NO_SHELL, coordination_numbers, ion_pairing
 from md.analysis.viscosity import viscosity
 from md.config import NPT, Minimise, RunConfig
 from md.protocol import TRANSPORT
 from md.recording import trajectory_path
 from md.run_folder import RunFolder
-from md.topology import Topology
+from md.topology import Floats, Topology
 from md.trajectory import ThermoSeries, Trajectory
 
 FEWEST_FRAMES = 16
@@ -42,11 +42,27 @@ def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protoco
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage wrote: its series, and one trajectory per replica."""
+    """What a stage wrote: its series, and one trajectory per replica; ``note`` says what was left out."""
 
     name: str
     thermo: ThermoSeries
     trajectories: Sequence[Trajectory]
+    note: str | None = None
+
+    def equilibrated(self) -> "StageData":
+        """Return the stage from where its potential energy is stationary: a new volume or temperature takes its time.
+
+        Where none is found the second half is taken, and ``note`` warns.
+        """
+        series = self.thermo
+        discarded, found = _equilibrium(series.potential_energy)
+        if discarded == 0:
+            return self
+        since_ps = float(series.time_ps[discarded])
+        note = f"first {format_time(since_ps - float(series.time_ps[0]))} discarded"
+        if not found:
+            note += ": the potential energy drifts to the end, equilibrate longer before relying on this"
+        return StageData(self.name, series.since(since_ps), [t.since(since_ps) for t in self.trajectories], note)
 
 
 def stage_data(folder: RunFolder, config: RunConfig, *, suits: Callable[[protocol.Dynamics], bool]) -> StageData | None:
@@ -60,12 +76,16 @@ def stage_data(folder: RunFolder, config: RunConfig, *, suits: Callable[[protoco
 
 
 def production(folder: RunFolder, config: RunConfig) -> StageData | None:
-    """Return the last stage whose ensemble supports transport, else the last one (whose refusal is worth telling)."""
+    """Return the last stage whose ensemble supports transport, else the last one (whose refusal is worth telling).
+
+    Without its start, where that is not equilibrium.
+    """
 
     def supports(stage: protocol.Dynamics) -> bool:
         return protocol.ensemble(stage, pressure=config.target_pressure).transport_objection is None
 
-    return stage_data(folder, config, suits=supports) or stage_data(folder, config, suits=lambda stage: True)
+    data = stage_data(folder, config, suits=supports) or stage_data(folder, config, suits=lambda stage: True)
+    return data and data.equilibrated()
 
 
 def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
@@ -87,9 +107,12 @@ def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
         return properties | {name: no_value("no stage of dynamics has run", unit="", method="") for name in missing}
     n_frames = min(trajectory.n_frames for trajectory in data.trajectories)
     if n_frames < FEWEST_FRAMES:
-        reason = f"{data.name} wrote {n_frames} frames, too few for any analysis: run longer"
+        reason = f"{data.name} holds {n_frames} frames of equilibrium, too few for any analysis: run longer"
         return properties | {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
-    return properties | _long_enough(_production_properties(asked, data), data)
+    measured = _production_properties(asked, data)
+    if data.note is not None:
+        measured = {name: e if e.value is None else e.with_warning(data.note) for name, e in measured.items()}
+    return properties | _long_enough(measured, data)
 
 
 def _production_properties(asked: set[str], data: StageData) -> dict[str, Estimate]:
@@ -132,7 +155,7 @@ def _long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, 
     )
     return {
         name: no_value(reason, unit=estimate.unit, method=estimate.method, n_effective=estimate.n_effective)
-        if estimate.value is not None or estimate.warnings[0].startswith("not converged")
+        if estimate.value is not None or estimate.warnings[0].startswith(("not converged", NO_SHELL))
         else estimate
         for name, estimate in properties.items()
     }
@@ -187,13 +210,24 @@ def mean_volume(folder: Path) -> tuple[float, str]:
     A transport run needs a volume whatever happens: where the density still drifts, the second half is taken.
     """
     series = ThermoSeries.read(folder / "thermo.h5")
-    start = equilibration_start(series.density_g_cm3.T)
+    start, found = _equilibrium(series.density_g_cm3)
     length = format_time(series.n_samples * series.interval_ps)
-    if start is None:
-        half = series.n_samples // 2
-        return float(series.volume[half:].mean()), f"mean of the second half of {length} NPT, not equilibrated"
+    volume = float(series.volume[start:].mean())
+    if not found:
+        return volume, f"mean of the second half of {length} NPT, not equilibrated"
     discarded = format_time(start * series.interval_ps) if start else "nothing"
-    return float(series.volume[start:].mean()), f"mean of {length} NPT, {discarded} discarded"
+    return volume, f"mean of {length} NPT, {discarded} discarded"
+
+
+def _equilibrium(series: Floats) -> tuple[int, bool]:
+    """Return the sample from which a series (n_samples, n_replicas) is stationary, and True; else its middle and False.
+
+    A steady drift looks like one long correlation: few independent samples are no equilibrium.
+    """
+    start = equilibration_start(series.T)
+    if start is not None and series_mean(series[start:].T).is_converged:
+        return start, True
+    return len(series) // 2, False
 
 
 def write_properties(folder: RunFolder, properties: dict[str, Estimate]) -> None:

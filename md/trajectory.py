@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -259,6 +259,19 @@ class Trajectory:
             )
         return cls(topology, ensemble, time_ps, np.arange(n_frames), cells, lambda frames: positions[frames])
 
+    def since(self, time_ps: float) -> "Trajectory":
+        """Return the frames from a time on."""
+        first = int(np.searchsorted(self.time_ps, time_ps * (1.0 - 1.0e-9)))
+        return replace(
+            self,
+            time_ps=self.time_ps[first:],
+            step=self.step[first:],
+            cells=None if self.cells is None else self.cells[first:],
+            read_positions=lambda frames: self.read_positions(
+                slice(frames.start + first, frames.stop + first, frames.step)
+            ),
+        )
+
     @property
     def n_frames(self) -> int:
         return len(self.time_ps)
@@ -326,6 +339,11 @@ class ThermoSeries:
             if not np.isfinite(values).all():
                 raise InputError(f"{path}: {name} holds values that are not finite.")
         return cls(ensemble=ensemble, time_ps=time_ps, step=step, **series)
+
+    def since(self, time_ps: float) -> "ThermoSeries":
+        """Return the samples from a time on."""
+        first = int(np.searchsorted(self.time_ps, time_ps * (1.0 - 1.0e-9)))
+        return replace(self, **{name: getattr(self, name)[first:] for name in (*THERMO, "time_ps", "step")})
 
     @property
     def n_samples(self) -> int:

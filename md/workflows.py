@@ -190,7 +190,7 @@ class _Runner:
         """Give all replicas the mean volume of the NPT stage before."""
         npt = max(i for i, stage in enumerate(self.config.stages[:index]) if stage.kind == "npt")
         volume, note = mean_volume(self.folder.stage(protocol.stage_name(npt, self.config.stages[npt])))
-        state.scale_box((volume / state.volume) ** (1.0 / 3.0))
+        state.scale_volume(volume)
         self.log.line(f"volume set to {volume:.1f} Å^3, {float(state.density_g_cm3[0]):.4f} g/cm3: {note}")
 
     @contextmanager

@@ -4,11 +4,13 @@ The numbers are in ``d3_table.json`` with their provenance; ``data/dispersion/ma
 """
 
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 
 import torch
 
 from bamboo.elements import numbers_of
+from bamboo.errors import InputError
 from bamboo.terms.dispersion import Dispersion
 
 
@@ -17,15 +19,21 @@ def d3_elements() -> list[str]:
     return list(_elements())
 
 
-def fill_d3_table(dispersion: Dispersion) -> None:
+def fill_d3_table(dispersion: Dispersion, *, elements: Iterable[str] = ()) -> None:
     """Fill ``dispersion.c6`` [eV Å^6] and ``dispersion.radius`` [Å], R_ij = sqrt(R_i R_j), in place.
 
-    Alkali cations have C6 = 0: D3 describes the neutral atoms. Elements that the table lacks get C6 = 0, too.
+    Alkali cations have C6 = 0: D3 describes the neutral atoms. Elements that the table lacks are left without
+    dispersion; InputError where one of the ``elements`` of the model is among them.
     """
-    elements = _elements()
-    numbers = torch.tensor(numbers_of(elements))
-    c6 = torch.tensor([row["c6"] for row in elements.values()], dtype=torch.float64)
-    radius = torch.tensor([row["radius"] for row in elements.values()], dtype=torch.float64)
+    table = _elements()
+    if missing := sorted(set(elements) - set(table)):
+        raise InputError(
+            f"The dispersion table holds {', '.join(sorted(table))}, but not {', '.join(missing)}: without C6 they "
+            "would not attract. Add molecules with them to data/dispersion/make_d3_table.py, or drop them from the data."
+        )
+    numbers = torch.tensor(numbers_of(table))
+    c6 = torch.tensor([row["c6"] for row in table.values()], dtype=torch.float64)
+    radius = torch.tensor([row["radius"] for row in table.values()], dtype=torch.float64)
     dispersion.c6.zero_()
     dispersion.radius.fill_(1.0)
     dispersion.c6[numbers] = c6.to(dispersion.c6.device)

@@ -2,8 +2,9 @@
 
 E_ij = -C6_ij / (r^6 + a4^6) (s6 + a1 / (1 + exp(k (r - a2 R_ij)))),  C6_ij = sqrt(C6_i C6_j), one C6 per element.
 
-Ours: switched smoothly to zero at the cutoff, energy and force, and the missing tail beyond added analytically for a
-uniform liquid (periodic boxes), so that neither density nor pressure depends on the cutoff.
+Ours: switched smoothly to zero at the cutoff, energy and force, and the missing tail beyond added analytically, so that
+neither density nor pressure depends on the cutoff. The tail takes every periodic box for a uniform liquid: for slabs,
+pores or a molecule in vacuum it is wrong (too much attraction, spread over the empty part); clusters have none.
 Published (2024 checkpoint): the pair energy is shifted by +C6_ij / r_c^6 and cut, which leaves a step.
 """
 

@@ -1,7 +1,7 @@
 """``Estimate``: a property with its error bar, or the reason why there is none."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
@@ -31,6 +31,10 @@ class Estimate:
         if self.value is None or self.stderr is None:
             return None
         return self.value - NORMAL_95 * self.stderr, self.value + NORMAL_95 * self.stderr
+
+    def with_warning(self, text: str) -> "Estimate":
+        """Return the same with one more warning."""
+        return replace(self, warnings=(*self.warnings, text))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
@@ -84,5 +88,4 @@ def with_precision_advice(estimate: Estimate, *, length_ps: float, target: float
         return estimate
     further = length_ps * ((relative / target) ** 2 - 1.0)
     advice = f"standard error {relative:.0%} of the value: run about {format_time(further)} more for {target:.0%}"
-    fields = {name: getattr(estimate, name) for name in ("value", "stderr", "unit", "n_effective", "method")}
-    return Estimate(**fields, warnings=(*estimate.warnings, advice))
+    return estimate.with_warning(advice)

@@ -24,6 +24,7 @@ LIGANDS = ("N", "O", "F", "Cl", "Br", "I")  # elements by which anions bind a ca
 BIN_WIDTH = 0.05  # Å
 NEAREST_SHELL = 3.5  # Å; a g(r) that first exceeds 1 beyond has no contact shell
 DEEPEST_MINIMUM = 0.5  # to which g(r) must fall behind its first peak to end a shell
+NO_SHELL = "no shell of neighbours"
 MOST_FRAMES = 500  # neighbouring frames add little to a structure
 
 
@@ -118,7 +119,11 @@ def coordination_numbers(trajectory: Trajectory, *, centre: str = "Li", ligand: 
     members = {name: np.isin(owner, index) for name, index in topology.species.items()}
     names = [base, *(f"{base}_{name}" for name, member in members.items() if member.any())]
     if cutoff is None:
-        return {name: no_value("g(r) shows no first shell", unit="", method=method) for name in names}
+        reason = (
+            f"{NO_SHELL}: the g(r) of {ligand} around {centre} has no peak within {NEAREST_SHELL:g} Å that ends in a "
+            f"minimum below {DEEPEST_MINIMUM:g}"
+        )
+        return {name: no_value(reason, unit="", method=method) for name in names}
     series: dict[str, list[float]] = {name: [] for name in names}
     for positions, cell in _frames(trajectory):
         i, j, _ = pair_distances(positions[centres], positions[ligands], cell=cell, r_max=cutoff)

@@ -224,6 +224,22 @@ class MDState:
         positions = self.batch.positions * self.per_atom(factor)[:, None]
         self.batch = replace(self.batch, positions=positions, cell=self.batch.cell * factor[:, None, None])
 
+    def scale_volume(self, volume: float) -> None:
+        """Give every box this volume [Å^3]: centres of mass move with the cell, molecules keep their shape.
+
+        Molecules must be whole (positions unwrapped); where they are not known every atom counts as one.
+        """
+        factor = (volume / self.volume) ** (1.0 / 3.0)
+        molecule = self.batch.molecule
+        if molecule is None:
+            molecule = torch.arange(self.batch.n_atoms, device=self.device)
+        centres = torch.zeros((int(molecule.max()) + 1, 4), dtype=torch.float64, device=self.device)
+        weighted = torch.cat([self.masses[:, None] * self.batch.positions, self.masses[:, None]], dim=1)
+        centres.index_add_(0, molecule, weighted)
+        centre = (centres[:, :3] / centres[:, 3:])[molecule]
+        positions = self.batch.positions + (self.per_atom(factor)[:, None] - 1.0) * centre
+        self.batch = replace(self.batch, positions=positions, cell=self.batch.cell * factor[:, None, None])
+
     def systems(self) -> list[System]:
         """Return the replicas as separate structures (numpy, on the host), molecules numbered from 0 in each."""
         batch = self.batch

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import ase
 import ase.io
 import numpy as np
 import pytest
@@ -63,6 +64,30 @@ def test_run_that_stops_after_a_snapshot_keeps_it_once(tmp_path: Path, monkeypat
     said: list[str] = []
     assert harvest(checkpoint.load("default"), config, path, say=said.append) == 1
     assert "too hot" in said[0] and "1 boxes could not be packed or were stopped" in said[1]
+
+
+def test_a_harvest_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies while it writes leaves the file as it was; a file cut short is told, not a traceback."""
+    path = tmp_path / "liquid.extxyz"
+    atoms = ase.Atoms("OH", [[0, 0, 0], [1, 0, 0]], info={"trajectory": "harvest-2-60-0000"})
+    md.harvest._append(path, [atoms])
+    md.harvest._append(path, [atoms, atoms])
+    before = path.read_text()
+    assert before.count("harvest-2-60-0000") == 3
+
+    def dies(target: str, *_: object, **__: object) -> None:
+        with open(target, "a") as file:
+            file.write("2\nProper")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ase.io, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        md.harvest._append(path, [atoms])
+    assert path.read_text() == before
+    for torn in ("2\nProper", "2\n" + before.splitlines()[1] + "\nO 0 0", "7", "2\n\nO 0 0 0\nH 0 0 1\n"):
+        path.write_text(before + torn)
+        with pytest.raises(InputError, match=r"liquid.extxyz: structure 4 is not one of a harvest, or was cut short"):
+            harvest(checkpoint.load("default"), HarvestConfig(n_boxes=1, n_atoms=60, seed=2), path)
 
 
 def test_validation_records_what_stops_and_raises_what_the_user_got_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

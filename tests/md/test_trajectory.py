@@ -104,6 +104,17 @@ def test_molecule_centres_are_mass_weighted(tmp_path: Path) -> None:
     np.testing.assert_allclose(trajectory.molecule_centres(), expected, rtol=2.0e-5)
 
 
+def test_later_part_of_a_run(tmp_path: Path) -> None:
+    write_both(tmp_path, range(7))
+    late = Trajectory.read(tmp_path / "traj.h5").since(1.5)
+    assert late.step.tolist() == [3, 4, 5, 6] and late.cells is not None and len(late.cells) == 4
+    np.testing.assert_allclose(late.positions[0], frame(3), rtol=1.2e-7)
+    blocks = [block for _, block in late.since(2.0).blocks(stride=2)]
+    np.testing.assert_allclose(np.concatenate(blocks), [frame(4), frame(6)], rtol=1.2e-7)
+    series = ThermoSeries.read(tmp_path / "thermo.h5").since(1.5)
+    assert series.volume[:, 0].tolist() == [3.0, 4.0, 5.0, 6.0] and series.n_samples == 4
+
+
 def test_continuing_leaves_no_gap_and_no_duplicate(tmp_path: Path) -> None:
     write_both(tmp_path, range(10))
     write_both(tmp_path, range(7, 12), resume_step=6)

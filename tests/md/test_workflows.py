@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,12 @@ from rich.console import Console
 from bamboo.errors import CheckpointedStop, GuardError, InputError
 from bamboo.structure.molecules import molecule
 from bamboo.system import Batch
-from md.analysis.estimate import Estimate, no_value
+from md.analysis.estimate import Estimate, format_time, no_value
 from md.config import RunConfig, load_config
 from md.model import Model
-from md.results import _long_enough, property_table
+from md.results import StageData, _long_enough, property_table
 from md.run_folder import RunFolder, differences
+from md.trajectory import THERMO, Ensemble, ThermoSeries
 from md.workflows import run
 
 Output = namedtuple("Output", "energy forces virial charges")
@@ -168,6 +170,35 @@ def test_transport_runs_at_the_mean_volume_of_the_npt_stage(finished: tuple[Path
         assert npt["volume"][:].min() < volume[0, 0] < npt["volume"][:].max()
         second_half = npt["volume"][len(npt["volume"]) // 2 :].mean()
         assert volume[0, 0] == pytest.approx(second_half, rel=1e-6)  # 60 fs are never equilibrated
+
+
+def test_the_change_of_volume_leaves_bonds_alone(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    with h5py.File(folder / "stages/03-npt/traj.h5") as npt, h5py.File(folder / "stages/04-nvt/traj.h5") as nvt:
+        before, after = npt["coordinates"][-1], nvt["coordinates"][0]
+        assert np.abs(nvt["cell_lengths"][0] / npt["cell_lengths"][-1] - 1.0).max() > 1e-5
+    shape = [np.linalg.norm(frame[:12, None] - frame[None, :12], axis=-1) for frame in (before, after)]
+    np.testing.assert_allclose(shape[1], shape[0], atol=2e-7)  # nm
+
+
+def test_properties_leave_out_the_start_of_a_stage() -> None:
+    """The potential energy relaxes over 100 ps after a change of volume; what is analysed begins after it."""
+    n = 2000
+    noise = np.random.default_rng(1).normal(size=(n, 1))
+    energy = noise + 20.0 * np.exp(-np.arange(n) / 100.0)[:, None]
+    columns = {name: np.zeros((n, 1, *column.shape)) for name, column in THERMO.items()}
+    time_ps = 5000.0 + np.arange(n)
+    series = ThermoSeries(
+        ensemble=Ensemble("nve"), time_ps=time_ps, step=np.arange(n), **columns | {"potential_energy": energy}
+    )
+    late = StageData("04-nvt", series, ()).equilibrated()
+    assert 5150.0 < late.thermo.time_ps[0] < 5800.0
+    assert late.note == f"first {format_time(late.thermo.time_ps[0] - 5000.0)} discarded"
+    calm = replace(series, potential_energy=noise)
+    assert StageData("04-nvt", calm, ()).equilibrated().thermo.time_ps[0] < 5150.0
+    drifting = replace(series, potential_energy=0.05 * time_ps[:, None] + noise)
+    late = StageData("04-nvt", drifting, ()).equilibrated()
+    assert late.thermo.time_ps[0] == 6000.0 and "drifts to the end" in str(late.note)
 
 
 def test_sixty_femtoseconds_are_not_called_a_density(finished: tuple[Path, str]) -> None:

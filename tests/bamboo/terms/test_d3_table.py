@@ -10,6 +10,7 @@ import torch
 
 from bamboo import units
 from bamboo.elements import numbers_of
+from bamboo.errors import InputError
 from bamboo.structure.molecules import molecule, molecule_from_smiles
 from bamboo.terms.d3_table import d3_elements, fill_d3_table
 from bamboo.terms.dispersion import Dispersion, DispersionConfig
@@ -51,6 +52,13 @@ def test_cations_have_none_and_other_elements_stay_without(filled):
     assert not filled.c6[absent].any()
     assert torch.equal(filled.radius, filled.radius.T)
     assert float(filled.radius.min()) > 0
+
+
+def test_a_model_with_an_element_outside_the_table_is_refused():
+    dispersion = Dispersion(DispersionConfig())
+    fill_d3_table(dispersion, elements=["H", "Li", "Si"])
+    with pytest.raises(InputError, match="but not Br, I: without C6"):
+        fill_d3_table(dispersion, elements=["C", "I", "Br"])
 
 
 def test_table_is_what_the_script_gives(script):

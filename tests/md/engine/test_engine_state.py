@@ -130,3 +130,20 @@ def test_systems_come_back(toys):
         np.testing.assert_array_equal(before.positions, after.positions)
         np.testing.assert_array_equal(before.molecule, after.molecule)
         np.testing.assert_array_equal(before.cell, after.cell)
+
+
+def test_new_volume_moves_molecules_as_wholes(toys):
+    """Distances inside molecules stay, centres of mass scale with the cell, momenta stay."""
+    box = replace(toys.gas_box(6), numbers=np.array([8, 1, 1, 8, 1, 1]), molecule=np.array([0, 0, 0, 1, 1, 1]))
+    state = MDState.from_systems([box, replace(box, cell=box.cell * 1.1)], temperature_K=300.0, seed=1)
+    before, momenta = state.batch, state.momenta
+    state.scale_volume(9000.0)
+    assert state.volume.tolist() == pytest.approx([9000.0, 9000.0])
+    assert torch.equal(state.momenta, momenta)
+    for replica, length in enumerate((20.0, 22.0)):
+        for first in (6 * replica, 6 * replica + 3):
+            old, new = (batch.positions[first : first + 3] for batch in (before, state.batch))
+            torch.testing.assert_close(torch.pdist(new), torch.pdist(old))
+            masses = state.masses[first : first + 3, None]
+            centres = [(masses * part).sum(dim=0) / masses.sum() for part in (old, new)]
+            torch.testing.assert_close(centres[1], centres[0] * 9000.0 ** (1.0 / 3.0) / length)
