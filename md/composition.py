@@ -77,7 +77,8 @@ class Realisation:
 def parse_composition(text: str) -> Composition:
     """Read ``<amount> <m|M|mol/kg|mol/L> SALT [+ ...] in SOLVENT[:SOLVENT...] a:b[...] <wt|mol|vol>``.
 
-    The salt part may be absent (``EC:DMC 3:7 wt``), a single solvent needs no ratio (``1 m LiPF6 in DMC``).
+    The salt part may be absent (``EC:DMC 3:7 wt``), a single solvent needs no ratio (``1 m LiPF6 in DMC``), and a salt
+    may stand in the ratio instead (``LiFSI:DME:TTE 1:1.2:3 mol``).
     Raises InputError that names the part in error, the nearest known name and the accepted forms.
     """
     text = " ".join(text.split())
@@ -121,7 +122,7 @@ def _parse_solvents(text: str) -> tuple[dict[str, float], Basis]:
     words = text.split(maxsplit=1)
     names = words[0].split(":")
     for name in names:
-        if name not in SOLVENTS:
+        if name not in SOLVENTS and (name not in SALTS or len(names) == 1):
             hint = (
                 " A salt needs an amount and ' in ' before the solvent." if name in SALTS else suggest(name, SOLVENTS)
             )
@@ -194,7 +195,9 @@ def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
     and the volumes of the salts, or from the density of the solution where that is given.
     """
     parts = composition.solvents
-    mass = {name: molecule(name).molar_mass for name in parts}
+    mass = {name: formula_mass(name) for name in parts}
+    if composition.salts and any(name in SALTS for name in parts):
+        raise InputError("A salt in the ratio and an amount of salt: give all salts in the ratio, or all as amounts.")
     if composition.basis == "vol":
         weight = {name: part * _density(name) for name, part in parts.items()}
     else:

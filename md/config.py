@@ -8,12 +8,13 @@ import io
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from ruamel.yaml import YAML
 
 from bamboo import units
 from bamboo.errors import InputError, suggest
-from bamboo.structure.molecules import IONS, SALTS, SOLVENTS
+from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define
+from md.boxes import read_box
 from md.composition import Amount, Basis, Composition, parse_amount, parse_composition
 from md.quantities import (
     Damping,
@@ -27,6 +28,7 @@ from md.quantities import (
     Temperature,
     Timestep,
     WallTime,
+    refused_by_pydantic,
     validator,
 )
 from md.yaml_model import load_yaml
@@ -155,10 +157,16 @@ class CheckpointBlock(_Block):
 
 
 class RunConfig(_Block):
-    """A whole run: ``electrolyte`` or ``composition``, the rest has defaults (stages: ``md.protocol``)."""
+    """A whole run: ``electrolyte``, ``composition`` or ``structure``, the rest has defaults (stages: ``md.protocol``).
 
+    molecules   names for molecules and ions that are not built in: {FB: Fc1ccccc1}; usable wherever names are
+    structure   file of a periodic box of known molecules, in any format that ASE reads: the start, not packed
+    """
+
+    molecules: Annotated[dict[str, str], AfterValidator(lambda names: _defined(names)), Field(max_length=50)] = {}
     electrolyte: Annotated[str, validator(lambda text: _checked_electrolyte(text))] | None = None
     composition: CompositionBlock | None = None
+    structure: str | None = None
     temperature: Temperature | None = None
     pressure: Pressure | None = None
     conditions: ConditionsBlock | None = None
@@ -185,12 +193,20 @@ class RunConfig(_Block):
         return float(self.pressure if self.pressure is not None else block.pressure)
 
     def what(self) -> Composition:
-        """Return the composition, from its text or its block."""
+        """Return the composition, from its text, its block, or the molecules of the structure file."""
+        if self.structure is not None:
+            return Composition(counts=read_box(self.structure)[0])
         if self.electrolyte is not None:
             return parse_composition(self.electrolyte)
         block = self.composition or CompositionBlock()
         density = None if block.density is None else float(block.density) / units.GRAM_PER_CM3
         return Composition(dict(block.solvents), block.basis or "wt", dict(block.salts), dict(block.counts), density)
+
+
+def _defined(names: dict[str, str]) -> dict[str, str]:
+    for name, smiles in names.items():
+        refused_by_pydantic(lambda given: define(*given), (name, smiles))
+    return names
 
 
 def _checked_electrolyte(text: object) -> str:
@@ -222,8 +238,9 @@ def json_schema() -> dict[str, Any]:
 def _cross_checks(config: RunConfig) -> list[tuple[Key, str]]:
     """Rules that join several keys; each problem with the key it belongs to."""
     problems: list[tuple[Key, str]] = []
-    if (config.electrolyte is None) == (config.composition is None):
-        problems.append((("composition",) if config.composition else (), _ONE_COMPOSITION))
+    given = [name for name in ("electrolyte", "composition", "structure") if getattr(config, name) is not None]
+    if len(given) != 1:
+        problems.append(((given[-1],) if given else (), _ONE_COMPOSITION))
     if config.conditions is not None:
         for name in ("temperature", "pressure"):
             if getattr(config, name) is not None:
@@ -244,7 +261,8 @@ def _cross_checks(config: RunConfig) -> list[tuple[Key, str]]:
 
 
 _ONE_COMPOSITION = (
-    "give either `electrolyte: 1 m LiPF6 in EC:DMC 30:70 wt` or a `composition:` block with `solvents` or `counts`."
+    "give either `electrolyte: 1 m LiPF6 in EC:DMC 30:70 wt`, or a `composition:` block with `solvents` or `counts`, "
+    "or the file of a `structure:`."
 )
 
 
@@ -257,7 +275,7 @@ def _check_block(block: CompositionBlock) -> list[tuple[Key, str]]:
     if len(block.solvents) > 1 and block.basis is None:
         problems.append((("composition",), "several solvents need a `basis`: wt, mol or vol."))
     tables: list[tuple[str, dict[str, Any], str]] = [
-        ("solvents", {**SOLVENTS}, "solvent"),
+        ("solvents", {**SOLVENTS, **SALTS}, "solvent"),
         ("salts", {**SALTS}, "salt"),
         ("counts", {**SOLVENTS, **SALTS, **IONS}, "molecule"),
     ]

@@ -49,10 +49,11 @@ def quantity_text(value: float, *, dimension: str) -> str:
 
 def validator(function: Callable[[Any], Any]) -> BeforeValidator:
     """Return the pydantic validator that a parser raising InputError makes."""
-    return BeforeValidator(lambda value: _refused_by_pydantic(function, value))
+    return BeforeValidator(lambda value: refused_by_pydantic(function, value))
 
 
-def _refused_by_pydantic(function: Callable[[Any], Any], value: Any) -> Any:
+def refused_by_pydantic(function: Callable[[Any], Any], value: Any) -> Any:
+    """Call a function that raises InputError in the middle of pydantic's validation."""
     try:
         return function(value)
     except InputError as error:
@@ -81,7 +82,7 @@ class Quantity:
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            lambda given: _refused_by_pydantic(self.parse, given),
+            lambda given: refused_by_pydantic(self.parse, given),
             serialization=core_schema.plain_serializer_function_ser_schema(self.text),
         )
 
@@ -103,7 +104,7 @@ class QuantityPair(Quantity):
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            lambda given: _refused_by_pydantic(self.parse_pair, given),
+            lambda given: refused_by_pydantic(self.parse_pair, given),
             serialization=core_schema.plain_serializer_function_ser_schema(lambda pair: [self.text(v) for v in pair]),
         )
 

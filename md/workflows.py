@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import ase.io
+import numpy as np
 from rich.console import Console
 
 import bamboo
+from bamboo.errors import InputError
 from bamboo.structure.packing import pack_box
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
 from md import protocol
 from md.analysis.estimate import Estimate
+from md.boxes import read_box
 from md.citations import bibliography
 from md.composition import Realisation, realise
 from md.config import NVT, Minimise, RunConfig, Stage
@@ -230,22 +233,35 @@ def packing_density(config: RunConfig, box: Realisation) -> float:
 
 def _start_systems(config: RunConfig, box: Realisation, folder: RunFolder, *, log: RunLog) -> list[System]:
     """Pack the boxes, or read those packed before; what is read is what is used, so that both are the same."""
-    if not folder.start.exists():
+    if not folder.start.exists() and config.structure is not None:
+        write_start(folder, [read_box(config.structure)[1]] * config.build.replicas, box)
+        log.line(f"start from {config.structure}")
+    elif not folder.start.exists():
         density = packing_density(config, box)
         seeds = range(config.build.seed, config.build.seed + config.build.replicas)
         packed = [
             pack_box(box.counts, density_g_cm3=density, seed=seed, tolerance_A=config.build.tolerance) for seed in seeds
         ]
-        draft = folder.start.with_suffix(".part")
-        ase.io.write(draft, [system.to_atoms() for system in packed], format="extxyz")
-        os.replace(draft, folder.start)
-        write_pdb(folder.path / "start.pdb", packed[0], build_topology(packed[0], box.counts))
+        write_start(folder, packed, box)
         length = packed[0].volume ** (1.0 / 3.0)
         log.line(
             f"packed {length:.2f} Å box at {density:.3f} g/cm3 (liquid, by ideal mixing: {box.density_g_cm3:.3f} g/cm3)"
         )
     frames = ase.io.read(folder.start, index=":", format="extxyz")
-    return [System.from_atoms(atoms) for atoms in frames]
+    systems = [System.from_atoms(atoms) for atoms in frames]
+    if config.structure is not None:
+        given = read_box(config.structure)[1].positions
+        if given.shape != systems[0].positions.shape or not np.allclose(given, systems[0].positions, atol=1.0e-6):
+            raise InputError(f"{config.structure} has changed since {folder.path} was begun. Choose another folder.")
+    return systems
+
+
+def write_start(folder: RunFolder, systems: list[System], box: Realisation) -> None:
+    """Write the boxes a run starts from, all at once, and the first as PDB."""
+    draft = folder.start.with_suffix(".part")
+    ase.io.write(draft, [system.to_atoms() for system in systems], format="extxyz")
+    os.replace(draft, folder.start)
+    write_pdb(folder.path / "start.pdb", systems[0], build_topology(systems[0], box.counts))
 
 
 def _start_state(config: RunConfig, systems: Sequence[System], evaluator: Evaluator) -> MDState:
@@ -261,6 +277,8 @@ def _start_state(config: RunConfig, systems: Sequence[System], evaluator: Evalua
 def start_box(config: RunConfig) -> tuple[Realisation, System]:
     """Return the counts and one packed box of a configuration, for `build` and `check`."""
     box = realise(config.what(), n_atoms=config.build.atoms)
+    if config.structure is not None:
+        return box, read_box(config.structure)[1]
     density = packing_density(config, box)
     return box, pack_box(box.counts, density_g_cm3=density, seed=config.build.seed, tolerance_A=config.build.tolerance)
 

@@ -5,6 +5,7 @@ hypervalent fluorides: its PF6- has two fluorine atoms 0.9 Å apart. Those ions 
 every geometry, whatever its source, passes ``check_geometry``.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -81,6 +82,7 @@ _TEMPLATES: dict[str, tuple[str, tuple[tuple[int, int, int], ...], float]] = {
     "BF4": ("B", _TETRAHEDRON, 1.41),
 }
 
+MAX_ATOMS = 200  # of one molecule; embedding larger ones takes minutes
 N_CONFORMERS = 10  # embedded by RDKit; the lowest in force-field energy is kept
 BOND_RANGE = (0.75, 1.25)  # bonded distance / sum of covalent radii
 MIN_NONBONDED = 1.15  # smallest non-bonded distance / sum of covalent radii (S...S of the imides: 1.25)
@@ -133,6 +135,24 @@ def molecule(name: str) -> Molecule:
     return molecule_from_smiles(known[key], name=key)
 
 
+def define(name: str, smiles: str) -> None:
+    """Give a molecule or ion a name for the rest of the process; an anion of charge -1 also makes salts, ``Li<name>``.
+
+    Raises InputError where the name has another meaning already or is not letters and digits, and for bad SMILES.
+    """
+    known = {**SOLVENTS, **IONS}
+    if known.get(name) == smiles:
+        return
+    if name in known or name in SALTS:
+        raise InputError(f"The name '{name}' stands for {known.get(name, 'a salt')} already. Choose another.")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]{0,19}", name):
+        raise InputError(f"'{name[:30]}' is not a name: up to 20 letters and digits, the first a letter.")
+    charge = molecule_from_smiles(smiles, name=name).charge
+    (IONS if charge else SOLVENTS)[name] = smiles
+    if charge == -1:
+        SALTS.update({cation + name: {cation: 1, name: 1} for cation in _CATIONS})
+
+
 def salt(name: str) -> dict[str, int]:
     """Return the ions of a salt and how many of each, ``LiPF6 -> {"Li": 1, "PF6": 1}``; InputError if unknown."""
     if name not in SALTS:
@@ -156,6 +176,8 @@ def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
     if len(Chem.GetMolFrags(parsed)) > 1:
         raise InputError(f"SMILES '{smiles}' holds several molecules; give one per molecule (salts: one per ion).")
     full = Chem.AddHs(parsed)
+    if full.GetNumAtoms() > MAX_ATOMS:
+        raise InputError(f"SMILES '{smiles[:60]}' has {full.GetNumAtoms()} atoms, expected at most {MAX_ATOMS}.")
     built = Molecule(
         name=name or smiles,
         symbols=tuple(atom.GetSymbol() for atom in full.GetAtoms()),

@@ -29,7 +29,7 @@ def fill_d3_table(dispersion: Dispersion, *, elements: Iterable[str] = ()) -> No
     if missing := sorted(set(elements) - set(table)):
         raise InputError(
             f"The dispersion table holds {', '.join(sorted(table))}, but not {', '.join(missing)}: without C6 they "
-            "would not attract. Add molecules with them to data/dispersion/make_d3_table.py, or drop them from the data."
+            "would not attract. Add molecules with them to data/dispersion/make_d3_table.py or drop them from the data."
         )
     numbers = torch.tensor(numbers_of(table))
     c6 = torch.tensor([row["c6"] for row in table.values()], dtype=torch.float64)

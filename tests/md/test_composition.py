@@ -163,3 +163,22 @@ def test_exact_counts_are_kept_and_must_be_neutral() -> None:
     assert realise(Composition(counts={"EC": 5, "Li": 2, "PF6": 2}), n_atoms=1).counts == box.counts
     with pytest.raises(InputError, match=re.escape("15 Li 14 PF6 make +1 e")):
         realise(Composition(counts={"EC": 5, "Li": 15, "PF6": 14}), n_atoms=1)
+
+
+def test_salt_in_a_mole_ratio() -> None:
+    """A localised concentrated electrolyte is written as a ratio of all its parts."""
+    asked = parse_composition("LiFSI:DME:TTE 1:1.2:3 mol")
+    box = realise(asked, n_atoms=2000)
+    counts = box.formula
+    assert counts["DME"] / counts["LiFSI"] == pytest.approx(1.2, rel=0.03)
+    assert counts["TTE"] / counts["LiFSI"] == pytest.approx(3.0, rel=0.03)
+    assert box.counts["Li"] == box.counts["FSI"] == counts["LiFSI"]
+    # mol of salt per kg of the solvents
+    kg = (1.2 * 90.122 + 3.0 * 232.07) / 1000.0
+    assert box.asked["LiFSI", "mol/kg"] == pytest.approx(1.0 / kg, rel=1e-3)
+    equal_masses = realise(parse_composition("LiFSI:DME 1:1 wt"), n_atoms=2000).formula
+    assert equal_masses["DME"] / equal_masses["LiFSI"] == pytest.approx(187.07 / 90.122, rel=0.03)
+    with pytest.raises(InputError, match="give all salts in the ratio"):
+        realise(parse_composition("1 m LiPF6 in LiFSI:DME 1:2 mol"), n_atoms=500)
+    with pytest.raises(InputError, match="density of pure LiFSI"):
+        realise(parse_composition("LiFSI:DME 1:2 vol"), n_atoms=500)

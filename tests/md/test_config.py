@@ -4,10 +4,14 @@ import json
 import random
 from pathlib import Path
 
+import ase
+import ase.io
 import pytest
 
 from bamboo import units
 from bamboo.errors import InputError
+from bamboo.structure.packing import pack_box
+from md.composition import realise
 from md.config import NPT, NVT, RunConfig, dump_config, json_schema, load_config
 from md.protocol import n_steps, resolve
 from md.quantities import parse_quantity, quantity_text
@@ -81,6 +85,34 @@ def test_resolved_file_reads_back_to_the_same_configuration(tmp_path: Path, text
     again = load_config(write(tmp_path, dump_config(config)))
     assert dump_config(again) == dump_config(config)  # quantities agree to 12 digits
     assert again.what() == config.what()
+
+
+def test_molecules_by_smiles_are_usable_wherever_names_are(tmp_path: Path) -> None:
+    text = (
+        "molecules: {FBz: Fc1ccccc1, TDI: 'FC(F)(F)C1=NC(C#N)=C(C#N)[N-]1'}\nelectrolyte: 1 m LiTDI in EC:FBz 1:1 wt\n"
+    )
+    config = load_config(write(tmp_path, text))
+    box = realise(config.what(), n_atoms=400)
+    assert set(box.counts) == {"EC", "FBz", "Li", "TDI"} and box.counts["Li"] == box.counts["TDI"]
+    assert load_config(write(tmp_path, dump_config(config))).molecules == config.molecules
+    bad = "molecules: {FBz: Fc1ccccc1, Bad: C1CC}\nelectrolyte: FBz\n"
+    assert "electrolyte.yaml:1: molecules: Cannot read SMILES 'C1CC'" in refusal(tmp_path, bad)
+    assert "stands for" in refusal(tmp_path, "molecules: {EC: CC}\nelectrolyte: EC\n")
+
+
+def test_a_structure_file_names_the_molecules(tmp_path: Path) -> None:
+    box = pack_box({"DMC": 3, "Li": 1, "PF6": 1}, density_g_cm3=0.8, seed=1)
+    ase.io.write(tmp_path / "box.cif", box.to_atoms())
+    config = load_config(write(tmp_path, f"structure: {tmp_path}/box.cif\n"))
+    assert config.what().counts == {"DMC": 3, "Li": 1, "PF6": 1}
+    assert "give either `electrolyte" in refusal(tmp_path, "structure: box.cif\nelectrolyte: DMC\n")
+    (tmp_path / "bad.cif").write_text("data_x\n_cell_length_a oops\n")
+    for name, problem in (("none.cif", "no such file"), ("bad.cif", "not a structure that ASE can read")):
+        with pytest.raises(InputError, match=problem):
+            load_config(write(tmp_path, f"structure: {tmp_path}/{name}\n")).what()
+    ase.io.write(tmp_path / "cluster.xyz", ase.Atoms("OHH", [[0, 0, 0], [1, 0, 0], [0, 1, 0]]))
+    with pytest.raises(InputError, match="expected a periodic box"):
+        load_config(write(tmp_path, f"structure: {tmp_path}/cluster.xyz\n")).what()
 
 
 def test_quantities_round_trip_in_every_unit() -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from bamboo.errors import CheckpointedStop, GuardError, InputError
 from bamboo.structure.molecules import molecule
+from bamboo.structure.packing import pack_box
 from bamboo.system import Batch
 from md.analysis.estimate import Estimate, format_time, no_value
 from md.config import RunConfig, load_config
@@ -305,6 +306,30 @@ def test_a_killed_run_continues_to_the_same_end(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(a["step"][:], b["step"][:])
                 key = "coordinates" if file == "traj.h5" else "potential_energy"
                 np.testing.assert_array_equal(a[key][:], b[key][:])
+
+
+def test_a_run_starts_from_a_structure_file(tmp_path: Path) -> None:
+    """Atoms in any order, cut by the boundary; replicas share the structure, not the velocities."""
+    box = pack_box({"water": 20}, density_g_cm3=0.6, seed=4)  # two ways to number its atoms, both the same springs
+    order = np.random.default_rng(1).permutation(box.n_atoms)
+    atoms = box.to_atoms()[order]
+    del atoms.arrays["molecule"]
+    atoms.wrap()
+    ase.io.write(tmp_path / "box.extxyz", atoms)
+    text = CONFIG.replace("composition: {counts: {DMC: 6}}", f"structure: {tmp_path}/box.extxyz")
+    text = text.replace("seed: 3, density: 0.6 g/cm3", "seed: 3, replicas: 2").replace("time: 60 fs", "time: 6 fs")
+    config = load_config(write_config(tmp_path, text))
+    model = Model(SpringLiquid(["water"] * 20), "toy springs", {"name": "toy", "sha256": "0" * 64})
+    run_quietly(config, tmp_path / "run", model=model)
+    start = ase.io.read(tmp_path / "run/start.extxyz", index=":")
+    assert len(start) == 2 and np.array_equal(start[0].positions, start[1].positions)
+    assert start[0].numbers.tolist() == box.numbers.tolist()
+    with h5py.File(tmp_path / "run/stages/04-nvt/thermo.h5") as file:
+        assert np.abs(np.diff(file["potential_energy"][:], axis=1)).min() > 0.0
+    atoms.rattle(0.01)
+    ase.io.write(tmp_path / "box.extxyz", atoms)
+    with pytest.raises(InputError, match="has changed since"):
+        run_quietly(config, tmp_path / "run")
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
