@@ -22,7 +22,7 @@ class Evaluator:
     force_field  the model
     skin         Å; neighbour lists reach this much further and are rebuilt when an atom has moved more than half of it
     device       where the network runs; batches are moved there
-    engine       "auto" (the fastest at hand), "reference" (plain torch) or "native" (compiled, CPU)
+    engine       "auto" (the fastest at hand), "reference" (plain torch), "native" (compiled, CPU) or "triton" (CUDA)
     """
 
     def __init__(

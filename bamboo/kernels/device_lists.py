@@ -68,9 +68,10 @@ def find_pairs(batch: Batch, reach: torch.Tensor) -> tuple[torch.Tensor, torch.T
     first_in_bin = occupants.cumsum(0) - occupants
     found = []
     for step in product(*(range(-most, most + 1) for most in grid.steps.amax(0).tolist())):
-        target = place + torch.tensor(step, device=place.device)
+        away = torch.tensor(step, device=place.device)
+        target = place + away
         image = torch.div(target, bins, rounding_mode="floor")
-        exists = (periodic | (image == 0)).all(1) & (torch.tensor(step, device=place.device).abs() <= grid.steps[system]).all(1)
+        exists = ((periodic | (image == 0)) & (away.abs() <= grid.steps[system])).all(1)
         there = torch.where(exists, number(target - image * bins), 0)
         count = occupants[there] * exists
         i = torch.repeat_interleave(count)

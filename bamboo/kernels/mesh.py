@@ -82,7 +82,7 @@ class TorchMesh:
     have no definite direction and are left out. size: nodes along each cell vector; alpha [1/Å].
     """
 
-    def __init__(self, size: tuple[int, int, int], alpha: float, device: torch.device) -> None:
+    def __init__(self, size: tuple[int, ...], alpha: float, device: torch.device) -> None:
         self.size, self.alpha = size, alpha
         waves = [np.fft.fftfreq(n, 1.0 / n) for n in size[:2]] + [np.fft.rfftfreq(size[2], 1.0 / size[2])]
         parts = [influence_factor(n)[: len(m)] * (2 * np.abs(m) < n) for n, m in zip(size, waves, strict=True)]
@@ -144,9 +144,7 @@ class TorchMesh:
         along_2 = torch.einsum("nabc,ncz->nzab", at_nodes, ends)
         in_plane = torch.einsum("nzab,nb->nza", along_2, weight[:, 1])
         turned = torch.einsum("nab,nb->na", along_2[:, 0], slope[:, 1])
+        along = [(in_plane[:, 0], slope[:, 0]), (turned, weight[:, 0]), (in_plane[:, 1], weight[:, 0])]
+        slopes = torch.stack([(one * other).sum(1) for one, other in along], dim=1)
         value = (in_plane[:, 0] * weight[:, 0]).sum(1)
-        slopes = torch.stack(
-            [(in_plane[:, 0] * slope[:, 0]).sum(1), (turned * weight[:, 0]).sum(1), (in_plane[:, 1] * weight[:, 0]).sum(1)],
-            dim=1,
-        )
         return energy, virial, value, torch.einsum("nd,nda->na", slopes * self._size, inverse[box])

@@ -19,13 +19,13 @@ from bamboo.kernels import triton_pairs as pairs
 from bamboo.kernels.device_lists import Rows
 from bamboo.kernels.mesh import MeshPlan, TorchMesh
 from bamboo.kernels.native import ClosestPair, EngineUnavailableError, fingerprint, tables
-from bamboo.kernels.triton_network import INTERPRETED, Edges, Network, block
+from bamboo.kernels.triton_network import INTERPRETED, Edges, Network, tile
 from bamboo.neighbors import check_density
 from bamboo.system import Batch
 from bamboo.terms.charges import bound, system_sum
 from bamboo.terms.dispersion import ROWS
 
-LANES = 64  # neighbours that a program of ``triton_pairs`` takes at a time
+LANES = 64  # neighbours that a program of ``triton_pairs`` takes at a time on a GPU, of one atom
 _Results = tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]  # of TritonEngine._compute
 VIRIAL = [0, 1, 2, 1, 3, 4, 2, 4, 5]  # where in xx xy xz yy yz zz the nine numbers are
 
@@ -78,9 +78,10 @@ class _Tables:
 
 
 class _Plan:
-    """All that belongs to one batch and does not move: lists, meshes, constants of the atoms, buffers of the edges."""
+    """The evaluation of one batch, and all of it that does not move: lists, meshes, constants of the atoms."""
 
-    def __init__(self, force_field: ForceField, tables: _Tables, batch: Batch) -> None:
+    def __init__(self, force_field: ForceField, tables: _Tables, network: Network, batch: Batch) -> None:
+        self.force_field, self.tables, self.network = force_field, tables, network
         self.batch, device = batch, batch.positions.device
         self.numbers, self.system = batch.numbers.to(torch.int32), batch.system_index.to(torch.int32)
         self.sizes = batch.atoms_per_system.double()
@@ -105,31 +106,25 @@ class _Plan:
         names = ("numbers", "system_index", "pbc")
         return all(torch.equal(getattr(self.batch, name), getattr(batch, name)) for name in names)
 
-    def build_lists(self, batch: Batch, force_field: ForceField, skin: float) -> bool:
+    def build_lists(self, batch: Batch, skin: float) -> bool:
         """Find the neighbours anew; return whether a tensor had to be replaced."""
-        near = torch.full_like(self.periodic, force_field.config.network.cutoff + skin)
-        far = torch.full_like(self.periodic, force_field.config.dispersion.cutoff + skin)
+        config = self.force_field.config
+        near = torch.full_like(self.periodic, config.network.cutoff + skin)
+        far = torch.full_like(self.periodic, config.dispersion.cutoff + skin)
         moved = [self.near.fill(batch, near), self.far.fill(batch, far)]
         if self.charged is not self.near:
             moved.append(self.charged.fill(batch, torch.where(batch.pbc, near, torch.inf)))
         if moved[0]:
-            def empty(*shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
-                return torch.empty(shape, dtype=kind, device=batch.positions.device)
-
-            n, capacity, real = batch.n_atoms, self.near.capacity, force_field.dtype
-            self.edges = Edges(
-                start=self.near.start, kept=empty(n), sender=empty(capacity), interval=empty(capacity),
-                place=empty(capacity, 4, kind=real), gradient=empty(capacity, 4, kind=real),
-            )  # fmt: skip
+            self.edges = Edges.empty(self.near, self.force_field.dtype)
         return any(moved)
 
-    def build_meshes(self, batch: Batch, alpha: float) -> bool:
+    def build_meshes(self, batch: Batch) -> bool:
         """Choose the number of nodes for each cell; return whether any has changed."""
         periodic = torch.nonzero(batch.pbc).flatten().tolist()
-        before = [tuple(self.meshes[system].size) for system in periodic]
+        before = [tuple(self.meshes[system].size.tolist()) for system in periodic]
         for system, cell in zip(periodic, batch.cell[batch.pbc].cpu().numpy(), strict=True):
             self.meshes[system].fit(cell)
-        sizes = [tuple(int(n) for n in self.meshes[system].size) for system in periodic]
+        sizes = [tuple(self.meshes[system].size.tolist()) for system in periodic]
         if sizes == before and self.boxes:
             return False
         device = batch.positions.device
@@ -142,10 +137,124 @@ class _Plan:
             self.boxes.append(
                 _Boxes(
                     torch.tensor(members, device=device), atoms, box_of[batch.system_index[atoms]],
-                    TorchMesh(size, alpha, device),
+                    TorchMesh(size, self.tables.alpha, device),
                 )
             )  # fmt: skip
         return True
+
+    def compute(self, positions: torch.Tensor, cell: torch.Tensor, total_charge: torch.Tensor) -> _Results:
+        """Evaluate; everything stays on the device. Returns the terms of the energy (6, n_systems), forces, virial,
+        charges, dipole and raw charge, and the closest pair (distance, i, j).
+        """
+        config, batch = self.force_field.config, self.batch
+        system, n_systems, limit = batch.system_index, batch.n_systems, config.charge_limit
+        ledger = positions.new_zeros(pairs.LEDGER_ROWS, len(positions))
+        closest = self._find_edges(positions, cell)
+        energy, charge = self.network.forward(batch.numbers, self.edges)
+
+        raw = bound(charge.double() + self.reference_charge, limit)
+        raw_charge = system_sum(raw, system, n_systems)
+        charges = raw + ((total_charge - raw_charge) / self.sizes)[system]
+        self._coulomb(positions, cell, charges, ledger)
+        potential = ledger[pairs.POTENTIAL.value]
+        electrostatic = system_sum(0.5 * charges * potential, system, n_systems)
+        reciprocal, virial = self._add_mesh(positions, cell, charges, ledger)
+
+        # E_chi = sum chi^2 q + J^2 q^2; dE/dq = phi + chi^2 + 2 J^2 q, then back through the shift and the bound
+        chi_square, hardness = self.chi_square, self.hardness
+        slope = potential + chi_square + 2.0 * hardness.square() * charges
+        mean = system_sum(slope, system, n_systems) / self.sizes
+        adjoint = (slope - mean[system]) * (1.0 - (raw / limit).square())
+        if config.charge_response == "frozen":
+            adjoint = torch.zeros_like(adjoint)
+        self.edges.gradient.zero_()
+        self.network.backward(adjoint.to(energy.dtype), self.edges)
+        self._edge_forces(ledger)
+        self._fixed(positions, cell, ledger)
+
+        virials = pairs.VIRIAL.value
+        per_atom = torch.stack([
+            energy.double(), chi_square * charges + (hardness * charges).square(), ledger[pairs.DISPERSION.value],
+            ledger[pairs.REPULSION.value], *(charges * positions.T), *ledger[virials : virials + 6],
+        ], dim=1)  # fmt: skip
+        total = system_sum(per_atom, system, n_systems)
+        tail = self.tail / torch.where(batch.pbc, _inverse_and_volume(cell)[1], 1.0)
+        parts = torch.stack(
+            [total[:, 0], electrostatic + reciprocal, total[:, 1], total[:, 2] + tail, total[:, 3], self.reference]
+        )
+        virial = virial + total[:, 7:][:, self.virial].view(-1, 3, 3) + torch.diag_embed(tail[:, None].expand(-1, 3))
+        forces = ledger[: pairs.FORCE.value + 3].T.contiguous()
+        return parts, (forces, virial, charges, total[:, 4:7], raw_charge), closest
+
+    def _launch(self, kernel: Any, *arrays: torch.Tensor, **settings: Any) -> None:
+        """Launch a kernel of ``triton_pairs`` over all atoms."""
+        n_atoms = self.batch.n_atoms
+        shape = tile(n_atoms, 1, LANES)
+        kernel[(triton.cdiv(n_atoms, shape["A"]),)](*arrays, n_atoms, **shape, **settings)
+
+    def _find_edges(self, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+        """Fill the edges; return the closest pair as (distance, i, j), j = -1 where no pair is within the cutoff."""
+        rows, edges = self.near, self.edges
+        nearest, partner = positions.new_empty(len(positions)), torch.empty_like(self.numbers)
+        self._launch(
+            pairs.edges_kernel, positions, cell, self.system, rows.start, rows.index, rows.shift,
+            edges.kept, edges.sender, edges.interval, edges.place, nearest, partner,
+            CUTOFF=self.tables.coulomb["CUTOFF"], INTERVALS=self.tables.intervals,
+        )  # fmt: skip
+        atom = nearest.argmin()
+        return torch.stack([nearest[atom], atom.double(), partner[atom].double()])
+
+    def _coulomb(
+        self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor
+    ) -> None:
+        """Add the real-space part of boxes and all pairs of clusters, at fixed charges."""
+        rows = self.charged
+        self._launch(
+            pairs.coulomb_kernel, positions, cell, self.system, rows.start, rows.index, rows.shift, charges,
+            self.periodic, ledger, **self.tables.coulomb,
+        )  # fmt: skip
+
+    def _edge_forces(self, ledger: torch.Tensor) -> None:
+        """Add the forces of the network along the edges."""
+        edges, width = self.edges, self.tables.coulomb["CUTOFF"] / self.tables.intervals
+        self._launch(
+            pairs.edge_forces_kernel, edges.start, edges.kept, edges.interval, edges.place, edges.gradient, ledger,
+            WIDTH=width,
+        )  # fmt: skip
+
+    def _fixed(self, positions: torch.Tensor, cell: torch.Tensor, ledger: torch.Tensor) -> None:
+        """Add dispersion and repulsion."""
+        rows = self.far
+        self._launch(
+            pairs.fixed_kernel, positions, cell, self.system, rows.start, rows.index, rows.shift, self.numbers,
+            *self.tables.pairs, ledger, **self.tables.fixed,
+        )  # fmt: skip
+
+    def _add_mesh(
+        self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the reciprocal part of the boxes with self term and neutralising background, at fixed charges.
+
+        Adds potential and force of each atom to the ledger; returns energy (n_systems,) and virial (n_systems, 3, 3).
+        """
+        batch, alpha = self.batch, self.tables.alpha
+        energy, virial = positions.new_zeros(batch.n_systems), positions.new_zeros(batch.n_systems, 3, 3)
+        for boxes in self.boxes:
+            inverse, volume = _inverse_and_volume(cell[boxes.systems])
+            q = charges[boxes.atoms]
+            waves, wave_virial, potential, gradient = boxes.mesh(
+                q, positions[boxes.atoms], boxes.box_of, inverse=inverse, volume=volume
+            )
+            own = units.COULOMB_CONSTANT * alpha / math.sqrt(math.pi)
+            background = units.COULOMB_CONSTANT * math.pi / (2.0 * volume * alpha**2)
+            total, squares = (system_sum(values, boxes.box_of, len(volume)) for values in (q, q.square()))
+            uniform = background * total.square()
+            energy[boxes.systems] = waves - own * squares - uniform
+            virial[boxes.systems] = wave_virial - torch.diag_embed(uniform[:, None].expand(-1, 3))
+            potential = potential - 2.0 * own * q - 2.0 * (background * total)[boxes.box_of]
+            ledger[pairs.POTENTIAL.value].index_add_(0, boxes.atoms, potential)
+            ledger[: pairs.FORCE.value + 3].index_add_(1, boxes.atoms, -(q[:, None] * gradient).T)
+        return energy, virial
 
 
 class TritonEngine:
@@ -176,7 +285,7 @@ class TritonEngine:
     def reset(self) -> None:
         """Forget lists, meshes and the captured graph."""
         self._plan: _Plan | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: _Graph | None = None
 
     @torch.no_grad()
     def rebuild(self, batch: Batch, skin: float) -> None:
@@ -191,19 +300,25 @@ class TritonEngine:
             check_density(size, cell, reach)
         if self._plan is None or not self._plan.fits(batch):
             self.reset()
-            self._plan = _Plan(self.force_field, self._tables, batch)
-        changed = self._plan.build_lists(batch, self.force_field, skin)
-        changed = self._plan.build_meshes(batch, self._tables.alpha) or changed
-        if changed:
+            self._plan = _Plan(self.force_field, self._tables, self._network, batch)
+        moved, remeshed = self._plan.build_lists(batch, skin), self._plan.build_meshes(batch)
+        if moved or remeshed:
             self._graph = None
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
         """Return the output and the closest pair. Parameters that were changed (training) are packed anew."""
-        if self._packed != fingerprint(self.force_field) or self._plan is None:
+        if self._packed != fingerprint(self.force_field):
             self.rebuild(batch, self._skin)
+        if self._plan is None:
+            raise RuntimeError("rebuild comes before evaluate")
         moving = (batch.positions, batch.cell, batch.total_charge)
-        parts, values, closest = self._replay(moving) if batch.positions.is_cuda else self._compute(*moving)
+        if batch.positions.is_cuda:
+            with torch.cuda.device(batch.positions.device):
+                self._graph = self._graph or _Graph(self._plan, moving)
+                parts, values, closest = self._graph.replay(moving)
+        else:
+            parts, values, closest = self._plan.compute(*moving)
         names = ["network", "electrostatic", "electronegativity", "dispersion", "repulsion", "reference"]
         terms = dict(zip(names, parts, strict=True))
         if not self.force_field.config.repulsion:
@@ -216,141 +331,29 @@ class TritonEngine:
         distance, i, j = closest.tolist()  # the one place where the host waits
         return output, ClosestPair(distance, int(i), int(j)) if j >= 0 else ClosestPair()
 
-    def _replay(self, moving: tuple[torch.Tensor, ...]) -> _Results:
-        """Copy what moves to where the graph reads it, replay the graph, return copies of its results."""
-        with torch.cuda.device(moving[0].device):
-            if self._graph is None:
-                self._capture(moving)
-            for static, value in zip(self._moving, moving, strict=True):
-                static.copy_(value)
-            self._graph.replay()
-            parts, values, closest = self._results
-            return parts.clone(), tuple(value.clone() for value in values), closest
 
-    def _capture(self, moving: tuple[torch.Tensor, ...]) -> None:
+class _Graph:
+    """One evaluation captured as a CUDA graph: it reads and writes tensors that stay in place."""
+
+    def __init__(self, plan: _Plan, moving: tuple[torch.Tensor, ...]) -> None:
         self._moving = tuple(value.clone() for value in moving)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles the kernels and lets the libraries allocate what they need
             for _ in range(2):
-                self._compute(*self._moving)
+                plan.compute(*self._moving)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._results = self._compute(*self._moving)
+            self._results = plan.compute(*self._moving)
 
-    def _compute(self, positions: torch.Tensor, cell: torch.Tensor, total_charge: torch.Tensor) -> _Results:
-        """Evaluate; everything stays on the device. Returns the terms of the energy (6, n_systems), forces, virial,
-        charges, dipole and raw charge, and the closest pair (distance, i, j).
-        """
-        plan, network, limit = self._plan, self._network, self.force_field.config.charge_limit
-        batch, system = plan.batch, plan.batch.system_index
-        n_systems = batch.n_systems
-        ledger = positions.new_zeros(pairs.LEDGER_ROWS, len(positions))
-        closest = self._find_edges(positions, cell)
-        energy, charge = network.forward(batch.numbers, plan.edges)
-
-        raw = bound(charge.double() + plan.reference_charge, limit)
-        raw_charge = system_sum(raw, system, n_systems)
-        charges = raw + ((total_charge - raw_charge) / plan.sizes)[system]
-        self._coulomb(positions, cell, charges, ledger)
-        potential = ledger[pairs.POTENTIAL.value]
-        electrostatic = system_sum(0.5 * charges * potential, system, n_systems)
-        reciprocal, virial = self._add_mesh(positions, cell, charges, ledger)
-
-        # E_chi = sum chi^2 q + J^2 q^2; dE/dq = phi + chi^2 + 2 J^2 q, then back through the shift and the bound
-        chi_square, hardness = plan.chi_square, plan.hardness
-        slope = potential + chi_square + 2.0 * hardness.square() * charges
-        mean = system_sum(slope, system, n_systems) / plan.sizes
-        adjoint = (slope - mean[system]) * (1.0 - (raw / limit).square())
-        if self.force_field.config.charge_response == "frozen":
-            adjoint = torch.zeros_like(adjoint)
-        plan.edges.gradient.zero_()
-        network.backward(adjoint.to(energy.dtype), plan.edges)
-        self._edge_forces(ledger)
-        self._fixed(positions, cell, ledger)
-
-        virials = pairs.VIRIAL.value
-        per_atom = torch.stack([
-            energy.double(), chi_square * charges + (hardness * charges).square(), ledger[pairs.DISPERSION.value],
-            ledger[pairs.REPULSION.value], *(charges * positions.T), *ledger[virials : virials + 6],
-        ], dim=1)  # fmt: skip
-        total = system_sum(per_atom, system, n_systems)
-        tail = plan.tail / torch.where(batch.pbc, _inverse_and_volume(cell)[1], 1.0)
-        parts = torch.stack(
-            [total[:, 0], electrostatic + reciprocal, total[:, 1], total[:, 2] + tail, total[:, 3], plan.reference]
-        )
-        virial = virial + total[:, 7:][:, plan.virial].view(-1, 3, 3) + torch.diag_embed(tail[:, None].expand(-1, 3))
-        forces = ledger[: pairs.FORCE.value + 3].T.contiguous()
-        return parts, (forces, virial, charges, total[:, 4:7], raw_charge), closest
-
-    def _launch(self, kernel: Any, *arrays: torch.Tensor, **settings: Any) -> None:
-        """Launch a kernel of ``triton_pairs`` over all atoms."""
-        n_atoms = self._plan.batch.n_atoms
-        atoms = block(n_atoms, 1)
-        kernel[(triton.cdiv(n_atoms, atoms),)](*arrays, n_atoms, A=atoms, B=LANES, **settings)
-
-    def _find_edges(self, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-        """Fill the edges; return the closest pair as (distance, i, j), j = -1 where no pair is within the cutoff."""
-        plan, rows, edges = self._plan, self._plan.near, self._plan.edges
-        nearest, partner = positions.new_empty(len(positions)), torch.empty_like(plan.numbers)
-        self._launch(
-            pairs.edges_kernel, positions, cell, plan.system, rows.start, rows.index, rows.shift,
-            edges.kept, edges.sender, edges.interval, edges.place, nearest, partner,
-            CUTOFF=self._tables.coulomb["CUTOFF"], INTERVALS=self._tables.intervals,
-        )  # fmt: skip
-        atom = nearest.argmin()
-        return torch.stack([nearest[atom], atom.double(), partner[atom].double()])
-
-    def _coulomb(self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor) -> None:
-        """Add the real-space part of boxes and all pairs of clusters, at fixed charges."""
-        plan, rows = self._plan, self._plan.charged
-        self._launch(
-            pairs.coulomb_kernel, positions, cell, plan.system, rows.start, rows.index, rows.shift, charges,
-            plan.periodic, ledger, **self._tables.coulomb,
-        )  # fmt: skip
-
-    def _edge_forces(self, ledger: torch.Tensor) -> None:
-        """Add the forces of the network along the edges."""
-        edges, width = self._plan.edges, self._tables.coulomb["CUTOFF"] / self._tables.intervals
-        self._launch(
-            pairs.edge_forces_kernel, edges.start, edges.kept, edges.interval, edges.place, edges.gradient, ledger,
-            WIDTH=width,
-        )  # fmt: skip
-
-    def _fixed(self, positions: torch.Tensor, cell: torch.Tensor, ledger: torch.Tensor) -> None:
-        """Add dispersion and repulsion."""
-        plan, rows = self._plan, self._plan.far
-        self._launch(
-            pairs.fixed_kernel, positions, cell, plan.system, rows.start, rows.index, rows.shift, plan.numbers,
-            *self._tables.pairs, ledger, **self._tables.fixed,
-        )  # fmt: skip
-
-    def _add_mesh(
-        self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the reciprocal part of the boxes with self term and neutralising background, at fixed charges.
-
-        Adds potential and force of each atom to the ledger; returns energy (n_systems,) and virial (n_systems, 3, 3).
-        """
-        batch, alpha = self._plan.batch, self._tables.alpha
-        energy, virial = positions.new_zeros(batch.n_systems), positions.new_zeros(batch.n_systems, 3, 3)
-        for boxes in self._plan.boxes:
-            inverse, volume = _inverse_and_volume(cell[boxes.systems])
-            q = charges[boxes.atoms]
-            waves, wave_virial, potential, gradient = boxes.mesh(
-                q, positions[boxes.atoms], boxes.box_of, inverse=inverse, volume=volume
-            )
-            own = units.COULOMB_CONSTANT * alpha / math.sqrt(math.pi)
-            background = units.COULOMB_CONSTANT * math.pi / (2.0 * volume * alpha**2)
-            total, squares = (system_sum(values, boxes.box_of, len(volume)) for values in (q, q.square()))
-            uniform = background * total.square()
-            energy[boxes.systems] = waves - own * squares - uniform
-            virial[boxes.systems] = wave_virial - torch.diag_embed(uniform[:, None].expand(-1, 3))
-            potential = potential - 2.0 * own * q - 2.0 * (background * total)[boxes.box_of]
-            ledger[pairs.POTENTIAL.value].index_add_(0, boxes.atoms, potential)
-            ledger[: pairs.FORCE.value + 3].index_add_(1, boxes.atoms, -(q[:, None] * gradient).T)
-        return energy, virial
+    def replay(self, moving: tuple[torch.Tensor, ...]) -> _Results:
+        """Return copies of what the evaluation gives for new positions, cells and total charges."""
+        for static, value in zip(self._moving, moving, strict=True):
+            static.copy_(value)
+        self._graph.replay()
+        parts, values, closest = self._results
+        return parts.clone(), tuple(value.clone() for value in values), closest
 
 
 def _inverse_and_volume(cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,9 @@
 """The transformer on a GPU: messages and their backward pass in Triton, the matrices of single atoms in torch.
 
-Rows of neighbours as in ``triton_pairs.py``. A program works on A atoms and takes one neighbour of each at a time, tiles
-(A, H, S, D): heads, logits of a head (1, or 2 in GEDT), channels of a logit. F = H S D channels, in the order in which
-the network stores them. Nothing of size (n_edges, F) is ever stored: the backward pass computes messages again.
+Rows of neighbours as in ``triton_pairs.py``. A program works on A atoms and takes B neighbours of each at a time; its
+tiles are (P, H, S, D): P = A B pairs of atom and lane, heads, logits of a head (1, or 2 in GEDT), channels of a logit.
+F = H S D channels, in the order in which the network stores them. The lanes of an atom are added up last. Nothing
+of size (n_edges, F) is ever stored: the backward pass computes messages again.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import nn
 from torch.nn.functional import linear, silu
 
 from bamboo.forcefield import ForceField
+from bamboo.kernels.device_lists import Rows
 from bamboo.kernels.native import FEATURE_TABLE
-from bamboo.nn.get import Layer
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: no GPU, numpy does the work
 
@@ -32,11 +32,11 @@ def envelope(r, CUTOFF: tl.constexpr):
 
 @triton.jit
 def feature(table, interval, t, channel, F: tl.constexpr, DEGREE: tl.constexpr):
-    """Return e(r) (A, H, S, D) and its derivative in t, from the polynomial of the interval; highest power first."""
+    """Return e(r) (P, H, S, D) and its derivative in t, from the polynomial of the interval; highest power first."""
     at = table + interval[:, None, None, None] * ((DEGREE + 1) * F) + channel
     t = t[:, None, None, None]
     value = tl.load(at)
-    slope = tl.zeros_like(value)
+    slope = tl.full(value.shape, 0.0, value.dtype)
     for power in tl.static_range(1, DEGREE + 1):
         slope = slope * t + value
         value = value * t + tl.load(at + power * F)
@@ -46,22 +46,31 @@ def feature(table, interval, t, channel, F: tl.constexpr, DEGREE: tl.constexpr):
 @triton.jit
 def silu_and_slope(x):
     """Return x sigmoid(x) and its derivative."""
-    s = tl.sigmoid(x)
+    s = 1.0 / (1.0 + tl.exp(-x))
     return x * s, s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def store_sum(to, stride: tl.constexpr, n_atoms, lanes, A: tl.constexpr, B: tl.constexpr):
+    """Add the lanes (P, H, S, D) of each atom up and store F numbers per atom, rows a stride apart."""
+    F: tl.constexpr = lanes.shape[1] * lanes.shape[2] * lanes.shape[3]
+    atom, channel = tl.program_id(0) * A + tl.arange(0, A)[:, None], tl.arange(0, F)[None, :]
+    tl.store(to + atom * stride + channel, tl.sum(tl.reshape(lanes, (A, B, F)), 1), mask=atom < n_atoms)
 
 
 @triton.jit
 def messages_kernel(
     qkv, start, kept, sender, interval, place, table, scalar, vector, n_atoms,
     CUTOFF: tl.constexpr, INTERVALS: tl.constexpr, DEGREE: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-    D: tl.constexpr, VECTORS: tl.constexpr, A: tl.constexpr,
+    D: tl.constexpr, VECTORS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """m_i = sum_j v_j e_ij a_ij and, with VECTORS, M_i = sum_j (v_j e_ij) (x) u_ij; a_ij = SiLU(q_i . k_j) f(r_ij).
 
     qkv (n, 3 F) holds q | k | v; scalar (n, F) receives m, vector (n, 3, F) M. GEDT: a = (SiLU(l_1) - SiLU(l_2)) f.
     """
     F: tl.constexpr = H * S * D
-    atom = tl.program_id(0) * A + tl.arange(0, A)
+    pair = tl.arange(0, A * B)
+    atom, lane = tl.program_id(0) * A + pair // B, pair % B
     inside = atom < n_atoms
     head, half = tl.arange(0, H)[None, :, None, None], tl.arange(0, S)[None, None, :, None]
     channel = (head * S + half) * D + tl.arange(0, D)[None, None, None, :]
@@ -70,10 +79,10 @@ def messages_kernel(
     q = tl.load(qkv + row * (3 * F) + channel, mask=own, other=0.0)
     first = tl.load(start + atom, mask=inside, other=0)
     count = tl.load(kept + atom, mask=inside, other=0)
-    m = tl.zeros_like(q)
-    mx, my, mz = tl.zeros_like(q), tl.zeros_like(q), tl.zeros_like(q)
-    for k in range(0, tl.max(count, 0)):
-        here, slot = k < count, first + k
+    zero = tl.full(q.shape, 0.0, q.dtype)
+    m, mx, my, mz = zero, zero, zero, zero
+    for block in range(0, tl.max(count, 0), B):
+        here, slot = block + lane < count, first + block + lane
         j = tl.load(sender + slot, mask=here, other=0)[:, None, None, None]
         of_table = tl.load(interval + slot, mask=here, other=0)
         t = tl.load(place + 4 * slot + 3, mask=here, other=0.0)
@@ -90,18 +99,18 @@ def messages_kernel(
             mx += carried * tl.load(place + 4 * slot, mask=here, other=0.0)[:, None, None, None]
             my += carried * tl.load(place + 4 * slot + 1, mask=here, other=0.0)[:, None, None, None]
             mz += carried * tl.load(place + 4 * slot + 2, mask=here, other=0.0)[:, None, None, None]
-    tl.store(scalar + row * F + channel, m, mask=own)
+    store_sum(scalar, F, n_atoms, m, A, B)
     if VECTORS:
-        tl.store(vector + row * (3 * F) + channel, mx, mask=own)
-        tl.store(vector + row * (3 * F) + F + channel, my, mask=own)
-        tl.store(vector + row * (3 * F) + 2 * F + channel, mz, mask=own)
+        store_sum(vector, 3 * F, n_atoms, mx, A, B)
+        store_sum(vector + F, 3 * F, n_atoms, my, A, B)
+        store_sum(vector + 2 * F, 3 * F, n_atoms, mz, A, B)
 
 
 @triton.jit
 def message_gradient(q, k, v, dm, dmx, dmy, dmz, ux, uy, uz, e, e_slope, f, f_slope, sign):
     """Derivatives of one message, m = v e a and M = (v e) (x) u with a = sum_S sign SiLU(q . k) f.
 
-    Takes dm = dE/dm and dmx, dmy, dmz = dE/dM; returns dE/d(q . k) (A, H, S), dE/d(v e) (A, H, S, D), and per edge (A,)
+    Takes dm = dE/dm and dmx, dmy, dmz = dE/dM; returns dE/d(q . k) (P, H, S), dE/d(v e) (P, H, S, D), and per edge (P,)
     dE/dr and the three dE/du.
     """
     activated, activated_slope = silu_and_slope(tl.sum(q * k, 3))
@@ -111,10 +120,11 @@ def message_gradient(q, k, v, dm, dmx, dmy, dmz, ux, uy, uz, e, e_slope, f, f_sl
     d_logit = sign * activated_slope * (da * f[:, None])[:, :, None]
     d_carried = dm * (raw * f[:, None])[:, :, None, None]
     d_carried += dmx * ux[:, None, None, None] + dmy * uy[:, None, None, None] + dmz * uz[:, None, None, None]
-    along = tl.sum(tl.sum(tl.sum(d_carried * v * e_slope, 3), 2), 1) + tl.sum(raw * da, 1) * f_slope
-    gx = tl.sum(tl.sum(tl.sum(carried * dmx, 3), 2), 1)
-    gy = tl.sum(tl.sum(tl.sum(carried * dmy, 3), 2), 1)
-    gz = tl.sum(tl.sum(tl.sum(carried * dmz, 3), 2), 1)
+    flat: tl.constexpr = (v.shape[0], v.shape[1] * v.shape[2] * v.shape[3])
+    along = tl.sum(tl.reshape(d_carried * v * e_slope, flat), 1) + tl.sum(raw * da, 1) * f_slope
+    gx = tl.sum(tl.reshape(carried * dmx, flat), 1)
+    gy = tl.sum(tl.reshape(carried * dmy, flat), 1)
+    gz = tl.sum(tl.reshape(carried * dmz, flat), 1)
     return d_logit, d_carried, along, gx, gy, gz
 
 
@@ -122,7 +132,7 @@ def message_gradient(q, k, v, dm, dmx, dmy, dmz, ux, uy, uz, e, e_slope, f, f_sl
 def messages_backward_kernel(
     qkv, start, kept, sender, interval, place, table, d_scalar, d_vector, d_qkv, gradient, n_atoms,
     CUTOFF: tl.constexpr, INTERVALS: tl.constexpr, DEGREE: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-    D: tl.constexpr, VECTORS: tl.constexpr, A: tl.constexpr,
+    D: tl.constexpr, VECTORS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Backward of ``messages_kernel``: d_qkv (n, 3 F), and dE/du, dE/dr added to gradient (4) of each edge.
 
@@ -131,7 +141,8 @@ def messages_backward_kernel(
     """
     F: tl.constexpr = H * S * D
     kind = qkv.dtype.element_ty
-    atom = tl.program_id(0) * A + tl.arange(0, A)
+    pair = tl.arange(0, A * B)
+    atom, lane = tl.program_id(0) * A + pair // B, pair % B
     inside = atom < n_atoms
     head, half = tl.arange(0, H)[None, :, None, None], tl.arange(0, S)[None, None, :, None]
     channel = (head * S + half) * D + tl.arange(0, D)[None, None, None, :]
@@ -141,16 +152,17 @@ def messages_backward_kernel(
     k = tl.load(qkv + row * (3 * F) + F + channel, mask=own, other=0.0)
     v = tl.load(qkv + row * (3 * F) + 2 * F + channel, mask=own, other=0.0)
     dm = tl.load(d_scalar + row * F + channel, mask=own, other=0.0)
-    dmx, dmy, dmz = tl.zeros_like(q), tl.zeros_like(q), tl.zeros_like(q)
+    zero = tl.full(q.shape, 0.0, q.dtype)
+    dmx, dmy, dmz = zero, zero, zero
     if VECTORS:
         dmx = tl.load(d_vector + row * (3 * F) + channel, mask=own, other=0.0)
         dmy = tl.load(d_vector + row * (3 * F) + F + channel, mask=own, other=0.0)
         dmz = tl.load(d_vector + row * (3 * F) + 2 * F + channel, mask=own, other=0.0)
     first = tl.load(start + atom, mask=inside, other=0)
     count = tl.load(kept + atom, mask=inside, other=0)
-    dq, dk, dv = tl.zeros_like(q), tl.zeros_like(q), tl.zeros_like(q)
-    for edge in range(0, tl.max(count, 0)):
-        here, slot = edge < count, first + edge
+    dq, dk, dv = zero, zero, zero
+    for block in range(0, tl.max(count, 0), B):
+        here, slot = block + lane < count, first + block + lane
         j, known = tl.load(sender + slot, mask=here, other=0)[:, None, None, None], here[:, None, None, None]
         of_table = tl.load(interval + slot, mask=here, other=0)
         ux = tl.load(place + 4 * slot, mask=here, other=0.0)
@@ -164,7 +176,7 @@ def messages_backward_kernel(
         k_j = tl.load(qkv + j * (3 * F) + F + channel, mask=known, other=0.0)
         v_j = tl.load(qkv + j * (3 * F) + 2 * F + channel, mask=known, other=0.0)
         dm_j = tl.load(d_scalar + j * F + channel, mask=known, other=0.0)
-        dmx_j, dmy_j, dmz_j = tl.zeros_like(q), tl.zeros_like(q), tl.zeros_like(q)
+        dmx_j, dmy_j, dmz_j = zero, zero, zero
         if VECTORS:
             dmx_j = tl.load(d_vector + j * (3 * F) + channel, mask=known, other=0.0)
             dmy_j = tl.load(d_vector + j * (3 * F) + F + channel, mask=known, other=0.0)
@@ -183,22 +195,25 @@ def messages_backward_kernel(
         tl.store(at + 1, tl.load(at + 1, mask=here) + gy - gy_out, mask=here)
         tl.store(at + 2, tl.load(at + 2, mask=here) + gz - gz_out, mask=here)
         tl.store(at + 3, tl.load(at + 3, mask=here) + along + along_out, mask=here)
-    tl.store(d_qkv + row * (3 * F) + channel, dq, mask=own)
-    tl.store(d_qkv + row * (3 * F) + F + channel, dk, mask=own)
-    tl.store(d_qkv + row * (3 * F) + 2 * F + channel, dv, mask=own)
+    store_sum(d_qkv, 3 * F, n_atoms, dq, A, B)
+    store_sum(d_qkv + F, 3 * F, n_atoms, dk, A, B)
+    store_sum(d_qkv + 2 * F, 3 * F, n_atoms, dv, A, B)
 
 
-def block(n_atoms: int, on_gpu: int) -> int:
-    """Return how many atoms one program works on; the interpreter is quickest with as many as possible."""
-    return triton.next_power_of_2(min(n_atoms, 256)) if INTERPRETED else on_gpu
+def tile(n_atoms: int, atoms: int, lanes: int) -> dict[str, int]:
+    """Return A and B, how many atoms and neighbours a program takes at a time, as given for a GPU.
+
+    The interpreter is quickest with as many as possible.
+    """
+    return {"A": triton.next_power_of_2(min(n_atoms, 32)), "B": 64} if INTERPRETED else {"A": atoms, "B": lanes}
 
 
 @dataclass(frozen=True)
 class Edges:
-    """The edges i <- j within the cutoff, filled by ``triton_pairs.edges_kernel``; rows begin at start, have kept edges.
+    """The edges i <- j within the cutoff, filled by ``triton_pairs.edges_kernel``.
 
-    start (n + 1,), kept (n,), sender (edges,), interval (edges,) int32; place (edges, 4); gradient (edges, 4) receives
-    dE/du and dE/dr.
+    start (n + 1,) and kept (n,) int32, where a row begins and how many edges it has; sender (edges,) and interval
+    (edges,) int32; place (edges, 4); gradient (edges, 4) receives dE/du and dE/dr.
     """
 
     start: torch.Tensor
@@ -208,13 +223,20 @@ class Edges:
     place: torch.Tensor
     gradient: torch.Tensor
 
+    @classmethod
+    def empty(cls, rows: Rows, dtype: torch.dtype) -> "Edges":
+        """Make room for as many edges as there are neighbours in the list."""
+        whole = (torch.empty_like(rows.start[1:]), torch.empty_like(rows.index), torch.empty_like(rows.index))
+        real = (rows.index.new_empty(rows.capacity, 4, dtype=dtype) for _ in range(2))
+        return cls(rows.start, *whole, *real)
+
 
 class _Layer:
     """One layer of the transformer (``nn/get.py``): forward, and backward with what forward left behind."""
 
-    ATOMS = 4  # per program on a GPU
+    ATOMS, LANES = 2, 4  # on a GPU
 
-    def __init__(self, layer: Layer, table: torch.Tensor, settings: dict[str, Any]) -> None:
+    def __init__(self, layer: Any, table: torch.Tensor, settings: dict[str, Any]) -> None:
         self.norm, self.out, self.mix, self.gate = layer.norm, layer.out, layer.mix, layer.gate
         self.qkv_weight, self.qkv_bias = (
             layer._parts_together(tensor).detach().contiguous() for tensor in (layer.qkv.weight, layer.qkv.bias)
@@ -247,7 +269,9 @@ class _Layer:
         h = h + self.s * self.o2 + o3
         return h, None if vector is None else v + self.u3[0] * self.o1[0][:, None, :] + vector
 
-    def backward(self, dh: torch.Tensor, dv: torch.Tensor | None, edges: Edges) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(
+        self, dh: torch.Tensor, dv: torch.Tensor | None, edges: Edges
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """dE/dh, dE/dv after this layer -> the same before it; adds the gradient of the edges."""
         d_vector, d_out = dv, dh
         if self.mix is not None:
@@ -274,10 +298,10 @@ class _Layer:
 
     def _launch(self, kernel: Any, edges: Edges, *arrays: torch.Tensor | None) -> None:
         n_atoms = len(self.h)
-        atoms = block(n_atoms, self.ATOMS)
-        kernel[(triton.cdiv(n_atoms, atoms),)](
+        shape = tile(n_atoms, self.ATOMS, self.LANES)
+        kernel[(triton.cdiv(n_atoms, shape["A"]),)](
             self.qkv, edges.start, edges.kept, edges.sender, edges.interval, edges.place, self.table, *arrays, n_atoms,
-            A=atoms, **self.settings,
+            **shape, **self.settings,
         )  # fmt: skip
 
 
@@ -298,7 +322,7 @@ class Network:
         self.heads = (force_field.energy_head, force_field.charge_head)
 
     def forward(self, numbers: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return energy and charge of each atom (n,), as the heads give them; keeps their gradients for ``backward``."""
+        """Return what the heads say of each atom, energy and charge, (n,); keep their gradients for ``backward``."""
         h, v = self.embedding[numbers], None
         for layer in self.layers:
             h, v = layer.forward(h, v, edges)
@@ -313,7 +337,7 @@ class Network:
             dh, dv = layer.backward(dh, dv, edges)
 
 
-def _head(head: nn.Sequential, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _head(head: Any, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return F -> F/2 -> F/2 -> 1 with SiLU between, (n,), and its gradient in h, (n, F)."""
     first, second, last = head[0], head[2], head[4]
     z1 = linear(h, first.weight, first.bias)

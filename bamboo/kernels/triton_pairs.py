@@ -68,8 +68,8 @@ def edges_kernel(
 ):  # fmt: skip
     """Keep the neighbours within the cutoff, at the front of each row: the edges i <- j.
 
-    kept (n,) how many; per edge sender j, the interval of the radial table r lies in, and place (4): u = (r_j - r_i) / r
-    and how far into the interval. nearest (n,) distance and nearest_atom (n,) of the closest neighbour.
+    kept (n,) how many; per edge sender j, the interval of the radial table that r lies in, and place (4):
+    u = (r_j - r_i) / r and how far into the interval. nearest (n,), nearest_atom (n,): the closest neighbour.
     """
     atom = tl.program_id(0) * A + tl.arange(0, A)
     inside = atom < n_atoms
@@ -78,7 +78,7 @@ def edges_kernel(
     count = tl.load(start + atom + 1, mask=inside, other=0) - first
     closest = tl.full((A,), CUTOFF, tl.float64)
     closest_atom = tl.full((A,), -1, tl.int32)
-    found = tl.zeros((A,), tl.int32)
+    found = tl.full((A,), 0, tl.int32)
     for block in range(0, tl.max(count, 0), B):
         lane = block + tl.arange(0, B)[None, :]
         here = lane < count[:, None]
@@ -117,7 +117,7 @@ def edge_forces_kernel(
     inside = atom < n_atoms
     first = tl.load(start + atom, mask=inside, other=0)
     count = tl.load(kept + atom, mask=inside, other=0)
-    zero = tl.zeros((A, B), tl.float64)
+    zero = tl.full((A, B), 0.0, tl.float64)
     fx, fy, fz = zero, zero, zero
     xx, xy, xz, yy, yz, zz = zero, zero, zero, zero, zero, zero
     for block in range(0, tl.max(count, 0), B):
@@ -174,7 +174,7 @@ def coulomb_kernel(
     q_i = tl.load(charge + atom, mask=inside, other=0.0)[:, None]
     first = tl.load(start + atom, mask=inside, other=0)
     count = tl.load(start + atom + 1, mask=inside, other=0) - first
-    zero = tl.zeros((A, B), tl.float64)
+    zero = tl.full((A, B), 0.0, tl.float64)
     fx, fy, fz = zero, zero, zero
     xx, xy, xz, yy, yz, zz = zero, zero, zero, zero, zero, zero
     potential = zero
@@ -214,7 +214,7 @@ def dispersion(
     """
     r5 = r * r * r * r * r
     inverse = 1.0 / (r5 * r + DAMPING * DAMPING * DAMPING * DAMPING * DAMPING * DAMPING)
-    far = tl.sigmoid(STEEPNESS * (onset - r))
+    far = 1.0 / (1.0 + tl.exp(STEEPNESS * (r - onset)))
     energy = -c6 * inverse * (S6 + A1 * far)
     slope = -6.0 * r5 * inverse * energy + c6 * inverse * A1 * STEEPNESS * far * (1.0 - far)
     if SMOOTH:
@@ -232,8 +232,7 @@ def repulsion(r, product, decay, radius, screening, INNER: tl.constexpr, OUTER: 
 
     product k_e Z_i Z_j, decay 1 / a, radius R; screening (TERMS, 2) c_k and d_k of phi(x) = sum c_k exp(-d_k x).
     """
-    phi = tl.zeros_like(r)
-    phi_slope = tl.zeros_like(r)
+    phi, phi_slope = tl.full(r.shape, 0.0, r.dtype), tl.full(r.shape, 0.0, r.dtype)
     for k in tl.static_range(TERMS):
         d = tl.load(screening + 2 * k + 1) * decay
         part = tl.load(screening + 2 * k) * tl.exp(-d * r)
@@ -260,7 +259,7 @@ def fixed_kernel(
     row = tl.load(number + atom, mask=inside, other=0)[:, None] * ROWS
     first = tl.load(start + atom, mask=inside, other=0)
     count = tl.load(start + atom + 1, mask=inside, other=0) - first
-    zero = tl.zeros((A, B), tl.float64)
+    zero = tl.full((A, B), 0.0, tl.float64)
     fx, fy, fz = zero, zero, zero
     xx, xy, xz, yy, yz, zz = zero, zero, zero, zero, zero, zero
     attraction, repelled = zero, zero
