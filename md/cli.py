@@ -134,14 +134,22 @@ def doctor() -> None:
 @app.command()
 @reported
 def bench(
+    parts: Annotated[list[str] | None, typer.Argument(help="model, md, training, analysis; all without.")] = None,
     model: Annotated[str, typer.Option(help="Model of the zoo or file.")] = "default",
-    atoms: Annotated[int, typer.Option(min=50, help="Approximate size of the box.")] = 1000,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    largest: Annotated[int, typer.Option(min=1000, help="Atoms of the largest box.")] = 100_000,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
 ) -> None:
-    """Time one force evaluation of 1 m LiPF6 in EC:DMC 30:70 wt."""
-    from md.diagnosis import bench as measure
+    """Measure speed and memory; every ratio within one run. Let the machine do nothing else meanwhile."""
+    from md.bench import PARTS, table, to_json
+    from md.bench import bench as measure
 
-    print(measure(model, atoms=atoms, device=device))
+    rows = []
+    for row in measure(tuple(parts or PARTS), model=model, largest=largest, device=device):
+        rows.append(row)
+        print(table([row]), file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        _print_json(to_json(rows))
 
 
 @app.command()

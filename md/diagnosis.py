@@ -10,10 +10,6 @@ import torch
 
 import bamboo
 from bamboo import checkpoint
-from bamboo.errors import InputError
-from md.config import BuildBlock, ModelBlock, RunConfig
-from md.model import load_model, seconds_per_step
-from md.workflows import start_box
 
 REQUIRED = ("torch", "numpy", "scipy", "ase", "h5py", "vesin", "torch-pme", "packmol", "rdkit", "stacie", "mdtraj")
 EXTRAS = {"qm": ("tblite", "pyscf", "dftd3")}
@@ -46,21 +42,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def bench(model: str, *, atoms: int, device: str) -> str:
-    """Return the wall time of one force evaluation of 1 m LiPF6 in EC:DMC 30:70 wt, as text."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"Unknown device '{device}', expected auto, cpu or cuda.")
-    block = ModelBlock.model_validate({"name": model, "device": device})
-    text = "1 m LiPF6 in EC:DMC 30:70 wt"
-    config = RunConfig(electrolyte=text, model=block, build=BuildBlock(atoms=atoms))
-    loaded = load_model(config)
-    box, system = start_box(config)
-    seconds = seconds_per_step(loaded.evaluator, system, repeats=5)
-    ns_per_day = 86400.0 / seconds * 1.0e-6
-    return (
-        f"{loaded.description}\n{box}\n"
-        f"{1e3 * seconds:.1f} ms per step, {1e6 * seconds / system.n_atoms:.1f} us per atom and step, "
-        f"{ns_per_day:.3g} ns/day at 1 fs"
-    )

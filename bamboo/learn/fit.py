@@ -160,9 +160,16 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
         chosen = np.random.default_rng(config.seed).permutation(len(frames))[:N_REFERENCE_FRAMES]
         shift_references(force_field, make_samples(force_field, [frames[k] for k in chosen]))
         return force_field.train()
-    network = NetworkConfig(**config.network.model_dump())
-    force_field = ForceField(ForceFieldConfig(network=network, repulsion=config.fixed_terms))
-    if config.fixed_terms:
+    return new_force_field(NetworkConfig(**config.network.model_dump()), frames, fixed_terms=config.fixed_terms)
+
+
+def new_force_field(network: NetworkConfig, frames: Sequence[Frame], *, fixed_terms: bool = True) -> ForceField:
+    """Return an untrained force field with reference energies and charges fitted to the frames.
+
+    fixed_terms  whether it has dispersion (with the D3 table) and repulsion
+    """
+    force_field = ForceField(ForceFieldConfig(network=network, repulsion=fixed_terms))
+    if fixed_terms:
         fill_d3_table(force_field.dispersion)
     fit_references(force_field, frames)
     return force_field.train()
