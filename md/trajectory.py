@@ -8,8 +8,11 @@ Files are written in HDF5's single-writer mode: a process killed at any moment l
 written last, so samples without a step are unfinished and ignored.
 """
 
+import errno
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +30,7 @@ from md.topology import Ensemble, Floats, Topology
 
 __all__ = ["THERMO", "Ensemble", "ThermoSeries", "ThermoWriter", "Topology", "Trajectory", "TrajectoryWriter"]
 
+SPARE_BYTES = 2**20  # room that must be left on the disk, for chunks and tables of HDF5
 BLOCK_BYTES = 2**26  # read and copied at a time
 
 
@@ -92,6 +96,8 @@ class _Writer:
 
     def _cut(self, last_step: int) -> None:
         """Replace the file by a copy that ends at ``last_step``; the old one may come from a killed process."""
+        if self.path.exists():
+            _require_space(self.path, self.path.stat().st_size)
         draft = self.path.with_name(self.path.name + ".part")
         with _reading(self.path) as old, self._create(draft) as new:
             for name, text in self._header.items():
@@ -121,6 +127,7 @@ class _Writer:
         """Write the buffered rows; call before every checkpoint."""
         if not self._rows:
             return
+        _require_space(self.path, sum(np.asarray(value).nbytes for row in self._rows for value in row.values()))
         start, stop = self._length, self._length + len(self._rows)
         for name in self._columns:  # step is the last one
             dataset = self._file[name]
@@ -357,6 +364,21 @@ class ThermoSeries:
     def interval_ps(self) -> float:
         """Time between samples [ps]; InputError where samples are not evenly spaced."""
         return _interval(self.time_ps, "thermodynamic samples")
+
+
+def _require_space(path: Path, n_bytes: int) -> None:
+    """Raise InputError where so much more cannot be written beside a file: disk full, quota, no permission.
+
+    Asked before HDF5 writes, for it does not survive a write that fails: it cannot even close the file any more.
+    """
+    try:
+        if shutil.disk_usage(path.parent).free < n_bytes + SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with tempfile.TemporaryFile(dir=path.parent) as probe:  # quotas show only when something is written
+            probe.write(bytes(SPARE_BYTES))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written: {reason}. Make room; the same command goes on then.") from error
 
 
 def _cell_parameters(cell: Floats) -> Floats:

@@ -1,5 +1,6 @@
 """A whole run on a tiny box with a toy force field: files, resume after a kill, refusals, honest reports."""
 
+import errno
 import json
 import os
 import signal
@@ -330,6 +331,40 @@ def test_a_run_starts_from_a_structure_file(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "box.extxyz", atoms)
     with pytest.raises(InputError, match="has changed since"):
         run_quietly(config, tmp_path / "run")
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room in the middle of a stage is one clear line; with room again the run ends as if nothing had happened."""
+    text = CONFIG.replace("every: 1000 s", "every: 0.01 s").replace("time: 50 fs, volume: mean", "time: 6 fs")
+    config, room = load_config(write_config(tmp_path, text)), [25]
+
+    class FullDisk:
+        def __init__(self, **_: object) -> None:
+            room[0] -= 1
+
+        def __enter__(self) -> "FullDisk":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def write(self, _: bytes) -> None:
+            if room[0] < 0:
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("md.trajectory.tempfile", SimpleNamespace(TemporaryFile=FullDisk))
+    with pytest.raises(InputError, match=r"traj\.h5: cannot be written: Disk quota exceeded\. Make room; the same"):
+        run_quietly(config, tmp_path / "full")
+    assert not (tmp_path / "full/stages/04-nvt").exists()
+    monkeypatch.undo()
+    output = run_quietly(config, tmp_path / "full")
+    assert "continued at" in output
+    run_quietly(config, tmp_path / "whole")
+    for name in ("02-warm-up", "03-npt", "04-nvt"):
+        with (
+            h5py.File(tmp_path / "full/stages" / name / "traj.h5") as a,
+            h5py.File(tmp_path / "whole/stages" / name / "traj.h5") as b,
+        ):
+            np.testing.assert_array_equal(a["coordinates"][:], b["coordinates"][:])
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
