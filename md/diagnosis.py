@@ -10,9 +10,10 @@ import torch
 
 import bamboo
 from bamboo import checkpoint
+from bamboo.kernels.engines import native_status, triton_status
 
 REQUIRED = ("torch", "numpy", "scipy", "ase", "h5py", "vesin", "torch-pme", "packmol", "rdkit", "stacie", "mdtraj")
-EXTRAS = {"qm": ("tblite", "pyscf", "dftd3")}
+EXTRAS = {"qm": ("tblite", "pyscf", "dftd3"), "gpu": ("triton",)}
 
 
 def diagnose() -> tuple[str, bool]:
@@ -30,6 +31,8 @@ def diagnose() -> tuple[str, bool]:
         missing = [name for name in names if importlib.util.find_spec(name) is None]
         state = f"not installed: pip install bamboo-md[{extra}]" if missing else "ok"
         lines.append(f"extra {extra:<6s} {state}{' (' + ', '.join(missing) + ')' if missing else ''}")
+    for engine, place, reason in (("native", "the CPU", native_status()), ("triton", "the GPU", triton_status())):
+        lines.append(f"engine {engine:<6s} {'not in use: ' + reason if reason else 'in use on ' + place}")
     models = checkpoint.zoo()
     lines.append(f"models: {', '.join(models) or 'none'}")
     if "default" not in models:

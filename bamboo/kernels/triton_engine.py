@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from bamboo import units
 from bamboo.forcefield import ForceField, ForceFieldOutput
@@ -19,13 +18,13 @@ from bamboo.kernels import triton_pairs as pairs
 from bamboo.kernels.device_lists import Rows
 from bamboo.kernels.mesh import MeshPlan, TorchMesh
 from bamboo.kernels.native import ClosestPair, EngineUnavailableError, fingerprint, tables
-from bamboo.kernels.triton_network import INTERPRETED, Edges, Network, tile
+from bamboo.kernels.triton_network import INTERPRETED, Edges, Network, launch
 from bamboo.neighbors import check_density
 from bamboo.system import Batch
 from bamboo.terms.charges import bound, system_sum
 from bamboo.terms.dispersion import ROWS
 
-LANES = 64  # neighbours that a program of ``triton_pairs`` takes at a time on a GPU, of one atom
+LANES, WARPS = 64, 2  # of a program of ``triton_pairs`` on a GPU
 _Results = tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]  # of TritonEngine._compute
 VIRIAL = [0, 1, 2, 1, 3, 4, 2, 4, 5]  # where in xx xy xz yy yz zz the nine numbers are
 
@@ -187,10 +186,8 @@ class _Plan:
         return parts, (forces, virial, charges, total[:, 4:7], raw_charge), closest
 
     def _launch(self, kernel: Any, *arrays: torch.Tensor, **settings: Any) -> None:
-        """Launch a kernel of ``triton_pairs`` over all atoms."""
-        n_atoms = self.batch.n_atoms
-        shape = tile(n_atoms, 1, LANES)
-        kernel[(triton.cdiv(n_atoms, shape["A"]),)](*arrays, n_atoms, **shape, **settings)
+        """Launch a kernel of ``triton_pairs``."""
+        launch(kernel, self.batch.n_atoms, *arrays, lanes=LANES, warps=WARPS, **settings)
 
     def _find_edges(self, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
         """Fill the edges; return the closest pair as (distance, i, j), j = -1 where no pair is within the cutoff."""

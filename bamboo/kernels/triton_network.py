@@ -200,12 +200,13 @@ def messages_backward_kernel(
     store_sum(d_qkv + 2 * F, 3 * F, n_atoms, dv, A, B)
 
 
-def tile(n_atoms: int, atoms: int, lanes: int) -> dict[str, int]:
-    """Return A and B, how many atoms and neighbours a program takes at a time, as given for a GPU.
+def launch(kernel: Any, n_atoms: int, *arrays: torch.Tensor | None, lanes: int, warps: int, **settings: Any) -> None:
+    """Launch a kernel over all atoms: on a GPU one atom and so many lanes of neighbours for a program of so many warps.
 
-    The interpreter is quickest with as many as possible.
+    The interpreter is quickest with as many atoms and neighbours at a time as possible.
     """
-    return {"A": triton.next_power_of_2(min(n_atoms, 32)), "B": 64} if INTERPRETED else {"A": atoms, "B": lanes}
+    atoms, lanes = (triton.next_power_of_2(min(n_atoms, 32)), 64) if INTERPRETED else (1, lanes)
+    kernel[(triton.cdiv(n_atoms, atoms),)](*arrays, n_atoms, A=atoms, B=lanes, num_warps=warps, **settings)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class Edges:
 class _Layer:
     """One layer of the transformer (``nn/get.py``): forward, and backward with what forward left behind."""
 
-    ATOMS, LANES = 2, 4  # on a GPU
+    LANES, WARPS = 4, 4  # compiled for F = 64, the backward kernel then keeps all its numbers in registers
 
     def __init__(self, layer: Any, table: torch.Tensor, settings: dict[str, Any]) -> None:
         self.norm, self.out, self.mix, self.gate = layer.norm, layer.out, layer.mix, layer.gate
@@ -297,11 +298,9 @@ class _Layer:
         return dh + through, dv
 
     def _launch(self, kernel: Any, edges: Edges, *arrays: torch.Tensor | None) -> None:
-        n_atoms = len(self.h)
-        shape = tile(n_atoms, self.ATOMS, self.LANES)
-        kernel[(triton.cdiv(n_atoms, shape["A"]),)](
-            self.qkv, edges.start, edges.kept, edges.sender, edges.interval, edges.place, self.table, *arrays, n_atoms,
-            **shape, **self.settings,
+        launch(
+            kernel, len(self.h), self.qkv, edges.start, edges.kept, edges.sender, edges.interval, edges.place,
+            self.table, *arrays, lanes=self.LANES, warps=self.WARPS, **self.settings,
         )  # fmt: skip
 
 

@@ -238,6 +238,53 @@ def test_choice_of_engine(make_force_field, monkeypatch):
         Evaluator(make_force_field(), engine="triton", device=DEVICE)
 
 
+COMPILE = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from bamboo.forcefield import ForceField, ForceFieldConfig
+from bamboo.kernels import triton_engine
+from bamboo.nn.get import NetworkConfig
+from bamboo.system import Batch, System
+
+class NoDriver:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+def compile_only(kernel, *arguments, grid, warmup, **settings):
+    compiled = run(kernel, *arguments, grid=grid, warmup=True, **settings)
+    print(kernel.fn.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
+
+triton.runtime.driver.set_active(NoDriver())
+run, JITFunction.run = JITFunction.run, compile_only
+triton_engine.INTERPRETED = True  # allows tensors on the CPU
+network = NetworkConfig(attention=sys.argv[1], heads=8, layers=2)
+field = ForceField(ForceFieldConfig(network=network))
+numbers = torch.tensor([8, 1, 1]).numpy()
+box = System(numbers, torch.rand(3, 3).double().numpy(), 9.0 * torch.eye(3).double().numpy(), pbc=True)
+batch, engine = Batch.from_systems([box]), triton_engine.TritonEngine(field)
+engine.rebuild(batch, 1.0)
+engine._plan.compute(batch.positions, batch.cell, batch.total_charge)
+"""
+
+
+@pytest.mark.parametrize("attention", ["get", "gedt"])
+def test_kernels_compile_for_a_gpu(attention, tmp_path):
+    """Every kernel, as the engine launches it for 64 channels in float32, becomes machine code of an H100."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, attention]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _, _ in lines} == {
+        "edges_kernel", "messages_kernel", "coulomb_kernel", "messages_backward_kernel", "edge_forces_kernel",
+        "fixed_kernel",
+    }  # fmt: skip
+    assert all(int(size) > 1000 for _, size, _ in lines)
+
+
 def test_package_works_without_triton():
     script = (
         "import sys; sys.modules['triton'] = None; from bamboo.kernels.engines import triton_status as s; print(s())"
