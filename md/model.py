@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from bamboo import checkpoint
@@ -15,6 +16,10 @@ from bamboo.evaluator import Evaluator as ForceFieldEvaluator
 from bamboo.system import System
 from md.config import RunConfig
 from md.engine.state import Evaluator, MDState
+
+# bytes per atom of a liquid and of the program itself, measured up to 100 000 atoms (native) and 2000 (reference)
+BYTES_PER_ATOM = {"native": 28_000.0, "reference": 270_000.0}
+BYTES_AT_REST = 6.0e8
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,23 @@ def file_sha256(path: Path) -> str:
 def device_of(evaluator: Evaluator) -> torch.device:
     """Return the device an evaluator wants its batches on."""
     return torch.device(getattr(evaluator, "device", "cpu"))
+
+
+def memory_needed(evaluator: Evaluator, n_atoms: int) -> float | None:
+    """Return about how many bytes a run of so many atoms (all replicas) takes on the CPU; None where unknown."""
+    per_atom = BYTES_PER_ATOM.get(getattr(evaluator, "engine", ""))
+    on_cpu = device_of(evaluator).type == "cpu"
+    return BYTES_AT_REST + per_atom * n_atoms if per_atom is not None and on_cpu else None
+
+
+def check_memory(evaluator: Evaluator, n_atoms: int) -> None:
+    """Raise InputError where a run would not fit in memory, before the system kills it."""
+    needed, available = memory_needed(evaluator, n_atoms), float(psutil.virtual_memory().available)
+    if needed is not None and needed > available:
+        raise InputError(
+            f"{n_atoms} atoms need about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free. "
+            "Lower build.atoms or build.replicas, or use a machine with more."
+        )
 
 
 def seconds_per_step(evaluator: Evaluator, system: System, *, repeats: int = 3) -> float:

@@ -29,7 +29,7 @@ from md.engine.minimiser import minimise
 from md.engine.reporters import Reporter, ThermoTable, duration_text
 from md.engine.simulation import Simulation
 from md.engine.state import Evaluator, MDState
-from md.model import Model, device_of, load_model, seconds_per_step
+from md.model import Model, check_memory, device_of, load_model, memory_needed, seconds_per_step
 from md.recording import FrameRecorder, ThermoRecorder, build_topology, write_pdb
 from md.results import analyse, mean_volume, property_table, write_properties, write_thermo_table
 from md.run_folder import RunFolder
@@ -80,6 +80,7 @@ def run(
     run_folder = RunFolder(Path(folder))
     box = realise(config.what(), n_atoms=config.build.atoms)
     model = model or load_model(config)
+    check_memory(model.evaluator, config.build.replicas * box.n_atoms)
     with run_folder.locked(), open(run_folder.log, "a", encoding="utf-8") as file:
         log = RunLog(console or Console(), file)
         saved = restart.load(run_folder.restart, device=device_of(model.evaluator))
@@ -297,11 +298,14 @@ class Check:
     box: Realisation
     length_A: float
     seconds_per_step: float
+    memory_bytes: float | None  # None where it is not known
     stages: dict[str, int]  # name -> steps
 
     def __str__(self) -> str:
         total = sum(self.stages.values())
         lines = [self.model, f"box    {self.box}, charge 0, {self.length_A:.1f} Å as packed"]
+        if self.memory_bytes is not None:
+            lines.append(f"memory about {self.memory_bytes / 1e9:.1f} GB")
         for name, steps in self.stages.items():
             lines.append(f"{name:<20s} {steps:>9d} steps  {duration_text(steps * self.seconds_per_step)}")
         duration = duration_text(total * self.seconds_per_step)
@@ -316,6 +320,7 @@ class Check:
             "n_atoms": self.box.n_atoms,
             "length_A": self.length_A,
             "seconds_per_step": self.seconds_per_step,
+            "memory_bytes": self.memory_bytes,
             "stages": self.stages,
             "seconds": sum(self.stages.values()) * self.seconds_per_step,
         }
@@ -325,10 +330,13 @@ def check(config: RunConfig, *, model: Model | None = None) -> Check:
     """Load the model, pack one box and time a few evaluations; raises what a run would raise."""
     config = protocol.resolve(config)
     model = model or load_model(config)
+    n_atoms = config.build.replicas * realise(config.what(), n_atoms=config.build.atoms).n_atoms
+    check_memory(model.evaluator, n_atoms)
     box, system = start_box(config)
     seconds = config.build.replicas * seconds_per_step(model.evaluator, system)
     stages = {
         protocol.stage_name(index, stage): stage.steps if isinstance(stage, Minimise) else protocol.n_steps(stage)
         for index, stage in enumerate(config.stages)
     }
-    return Check(model.description, box, system.volume ** (1.0 / 3.0), seconds, stages)
+    memory = memory_needed(model.evaluator, n_atoms)
+    return Check(model.description, box, system.volume ** (1.0 / 3.0), seconds, memory, stages)
