@@ -198,8 +198,8 @@ class _Plan:
             edges.kept, edges.sender, edges.interval, edges.place, nearest, partner,
             CUTOFF=self.tables.coulomb["CUTOFF"], INTERVALS=self.tables.intervals,
         )  # fmt: skip
-        atom = nearest.argmin()
-        return torch.stack([nearest[atom], atom.double(), partner[atom].double()])
+        atom = nearest.argmin(keepdim=True)  # indexed by a number, the arrays would make the host wait for it
+        return torch.cat([nearest[atom], atom.double(), partner[atom].double()])
 
     def _coulomb(
         self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor

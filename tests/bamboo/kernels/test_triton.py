@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 pytest.importorskip("triton", reason="Triton is not installed: pip install bamboo-md[gpu]")
@@ -18,7 +19,7 @@ from bamboo import units
 from bamboo.checkpoint import load
 from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator
-from bamboo.kernels import device_lists, engines, mesh, triton_network
+from bamboo.kernels import device_lists, engines, mesh, triton_engine, triton_network
 from bamboo.neighbors import find_pairs
 from bamboo.published import import_published
 from bamboo.system import Batch, System
@@ -177,6 +178,28 @@ def test_replayed_graph_follows_the_atoms(make_force_field, make_box):
     output = evaluator.evaluate(Batch.from_systems([moved]))
     assert evaluator._engine._graph is graph is not None
     assert_same(on_cpu(output), evaluate(field, moved), tolerance=1e-9)
+
+
+class WithoutHost(TorchDispatchMode):
+    """Refuse what makes the host wait for the device, or copies from it: a CUDA graph cannot hold such steps."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "repeat_interleave", "lift")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not function.__name__.startswith(self.FORBIDDEN), function.__name__
+        indices = args[1] if function.__name__.startswith("index.") else []
+        assert all(index is None or index.dtype != torch.bool for index in indices), "indexing with a mask"
+        return function(*args, **kwargs or {})
+
+
+def test_evaluation_can_be_captured(make_force_field, make_box, make_cluster, monkeypatch):
+    for module in (triton_engine, triton_network):
+        monkeypatch.setattr(module, "launch", lambda *arrays, **settings: None)
+    batch = Batch.from_systems([make_box(1), make_cluster(1), make_box(2)]).to(DEVICE)
+    engine = triton_engine.TritonEngine(make_force_field().to(DEVICE))
+    engine.rebuild(batch, 1.0)
+    with torch.no_grad(), WithoutHost():
+        engine._plan.compute(batch.positions, batch.cell, batch.total_charge)
 
 
 def test_lists_equal_those_of_the_reference(make_box, make_cluster):
