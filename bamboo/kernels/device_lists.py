@@ -48,7 +48,7 @@ class Grid:
 
 
 def find_pairs(batch: Batch, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return i, j (n_pairs,) int64 and shift (n_pairs, 3) int64 of all pairs, both directions, in the order of i.
+    """Return i, j (n_pairs,) int32 and shift (n_pairs, 3) int16 of all pairs, both directions, in the order of i.
 
     reach (n_systems,) [Å]; infinite for a cluster of which all pairs are wanted. Convention as in ``neighbors.py``.
     """
@@ -82,7 +82,7 @@ def find_pairs(batch: Batch, reach: torch.Tensor) -> tuple[torch.Tensor, torch.T
         vector += torch.einsum("pa,pab->pb", shift.to(vector.dtype), batch.cell[system[i]])
         near = vector.square().sum(1) < reach[system[i]].square()
         near &= (i != j) | (shift != 0).any(1)
-        found.append((i[near], j[near], shift[near]))
+        found.append((i[near].int(), j[near].int(), shift[near].short()))
     i, j, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = i.argsort(stable=True)
     return i[order], j[order], shift[order]

@@ -84,7 +84,9 @@ def triton_status(device: torch.device | str = "cuda") -> str:
 
     if torch.device(device).type != "cuda":
         return "" if INTERPRETED else "it needs a CUDA device"
-    return "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    return "TRITON_INTERPRET is set, and the interpreter works on the CPU" if INTERPRETED else ""
 
 
 def _triton(force_field: ForceField, device: torch.device) -> Engine:

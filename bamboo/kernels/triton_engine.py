@@ -98,6 +98,7 @@ class _Plan:
         self.near, self.far = Rows(batch.n_atoms, device), Rows(batch.n_atoms, device)
         self.charged = self.near if bool(batch.pbc.all()) else Rows(batch.n_atoms, device)
         self.meshes = [MeshPlan() for _ in range(batch.n_systems)]
+        self.mesh_sizes: list[tuple[int, ...]] | None = None
         self.boxes: list[_Boxes] = []
 
     def fits(self, batch: Batch) -> bool:
@@ -120,12 +121,12 @@ class _Plan:
     def build_meshes(self, batch: Batch) -> bool:
         """Choose the number of nodes for each cell; return whether any has changed."""
         periodic = torch.nonzero(batch.pbc).flatten().tolist()
-        before = [tuple(self.meshes[system].size.tolist()) for system in periodic]
         for system, cell in zip(periodic, batch.cell[batch.pbc].cpu().numpy(), strict=True):
             self.meshes[system].fit(cell)
         sizes = [tuple(self.meshes[system].size.tolist()) for system in periodic]
-        if sizes == before and self.boxes:
+        if sizes == self.mesh_sizes:
             return False
+        self.mesh_sizes = sizes
         device = batch.positions.device
         self.boxes = []
         for size in sorted(set(sizes)):

@@ -213,7 +213,7 @@ def test_lists_equal_those_of_the_reference(make_box, make_cluster):
     for cutoff in (2.5, 4.0, 6.5):
         i, j, shift = device_lists.find_pairs(batch, torch.full((batch.n_systems,), cutoff, dtype=torch.float64))
         expected = find_pairs(batch, cutoff, full=True)
-        found = torch.cat([i[:, None], j[:, None], shift], dim=1)
+        found = torch.cat([i[:, None], j[:, None], shift], dim=1).long()
         wanted = torch.cat([expected.index.T, expected.shift.long()], dim=1)
         assert (i.diff() >= 0).all() and len(found) == len(wanted)
         assert torch.equal(torch.unique(found, dim=0), torch.unique(wanted, dim=0))
