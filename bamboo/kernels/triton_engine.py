@@ -156,7 +156,7 @@ class _Plan:
         raw_charge = system_sum(raw, system, n_systems)
         charges = raw + ((total_charge - raw_charge) / self.sizes)[system]
         self._coulomb(positions, cell, charges, ledger)
-        potential = ledger[pairs.POTENTIAL.value]
+        potential = ledger[pairs.POTENTIAL.value]  # a view: the mesh adds its part
         electrostatic = system_sum(0.5 * charges * potential, system, n_systems)
         reciprocal, virial = self._add_mesh(positions, cell, charges, ledger)
 
@@ -310,7 +310,7 @@ class TritonEngine:
             self.rebuild(batch, self._skin)
         if self._plan is None:
             raise RuntimeError("rebuild comes before evaluate")
-        moving = (batch.positions, batch.cell, batch.total_charge)
+        moving = tuple(value.contiguous() for value in (batch.positions, batch.cell, batch.total_charge))
         if batch.positions.is_cuda:
             with torch.cuda.device(batch.positions.device):
                 self._graph = self._graph or _Graph(self._plan, moving)

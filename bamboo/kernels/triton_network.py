@@ -316,7 +316,7 @@ class Network:
             "D": config.channels // config.heads // halves,
         }  # fmt: skip
         self.embedding = force_field.embedding.weight
-        table = feature_table.to(self.embedding)
+        table = feature_table.to(self.embedding).contiguous()
         self.layers = [_Layer(layer, table, settings) for layer in force_field.network.layers]
         self.heads = (force_field.energy_head, force_field.charge_head)
 
