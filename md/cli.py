@@ -154,6 +154,27 @@ def bench(
 
 @app.command()
 @reported
+def evidence(
+    models: Annotated[list[str], typer.Argument(help="Models of the zoo or files.")],
+    labels: Annotated[list[Path], typer.Option(help="HDF5 files of labelled probes; the first is the reference.")],
+    figure: Annotated[Path, typer.Option(help="Picture to write.")] = Path("evidence.png"),
+) -> None:
+    """Compare models with quantum chemistry: binding curves, solvation shells, rotations (see `data probes`)."""
+    from bamboo.checkpoint import load
+    from bamboo.learn.evidence import curves, energies_of_labels, energies_of_model, evidence_table, plot
+    from bamboo.quantum.dataset import read_frames
+
+    probes = {path: read_frames(path) for path in labels}
+    names = {path: frames[0].labels.level if frames else str(path) for path, frames in probes.items()}
+    sources = {names[path]: curves(energies_of_labels(frames)) for path, frames in probes.items()}
+    sources |= {model: curves(energies_of_model(load(model), probes[labels[0]])) for model in models}
+    print(evidence_table(sources, names[labels[0]]))
+    plot(sources, figure)
+    print(f"wrote {figure}")
+
+
+@app.command()
+@reported
 def validate(
     model: Annotated[str, typer.Argument(help="Model of the zoo or file.")],
     electrolyte: Annotated[str, typer.Option(help="Composition.")] = "1 m LiPF6 in EC:DMC 30:70 wt",

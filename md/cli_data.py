@@ -99,6 +99,19 @@ def data_select(
     print(count_table(chosen))
 
 
+@data_app.command("probes")
+@reported
+def data_probes(output: Annotated[Path, typer.Argument(help="Extended XYZ file to write, for `data label`.")]) -> None:
+    """Write structures that show whether a level of theory or a model is right (needs the extra `qm`)."""
+    import ase.io
+
+    from bamboo.quantum.probes import probe_structures
+
+    structures = list(probe_structures())
+    ase.io.write(str(output), structures, format="extxyz")
+    print(f"wrote {len(structures)} structures to {output}")
+
+
 @data_app.command("difference")
 @reported
 def data_difference(

@@ -111,10 +111,23 @@ def test_doctor_reports_versions() -> None:
 def test_commands_exist() -> None:
     code, out, _ = invoke("--help")
     assert code == 0
-    for name in ("run", "check", "build", "analyze", "train", "validate", "schema", "doctor", "bench", "model", "data"):
+    for name in (
+        "run",
+        "check",
+        "build",
+        "analyze",
+        "train",
+        "validate",
+        "evidence",
+        "schema",
+        "doctor",
+        "bench",
+        "model",
+        "data",
+    ):
         assert name in out
     assert {"import", "info", "list"} <= set(invoke("model", "--help")[1].split())
-    assert {"import", "info", "merge", "sample", "label", "harvest", "select", "difference", "lift"} <= set(
+    assert {"import", "info", "merge", "sample", "label", "harvest", "select", "probes", "difference", "lift"} <= set(
         invoke("data", "--help")[1].split()
     )
     assert invoke("--version")[1].startswith("bamboo-md 0")
