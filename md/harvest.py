@@ -8,7 +8,6 @@ first shell), and where a guard stops a run it keeps the frames that led there. 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import ase
@@ -125,10 +124,13 @@ def _one_box(
             structures += _structures(snapshot, config, names, generator)
     except BambooError as error:
         # the last sound frames on the way to the failure are what the model must be taught
-        structures += [found for frame in recent[-2:] for found in _structures(frame, config, names, generator)]
+        last = [found for frame in recent[-2:] for found in _structures(frame, config, names, generator)]
+        for atoms in last:
+            atoms.info["sampling"] = "failure"
+        structures += last
         problem = str(error).splitlines()[0]
     for atoms in structures:
-        atoms.info |= {"trajectory": name, "temperature_K": temperature_K, "sampling": "liquid"}
+        atoms.info |= {"trajectory": name, "temperature_K": temperature_K}
     return structures, problem
 
 
@@ -181,19 +183,20 @@ def _structures(
     """Return the box itself where it is small, else clusters round random atoms: some with a full shell, some small."""
     if system.n_atoms <= LARGE_ATOMS[1]:
         atoms = system.to_atoms()
-        atoms.info["kind"] = "periodic"
+        atoms.info |= {"kind": "periodic", "sampling": "liquid"}
         return [atoms]
     found: list[ase.Atoms] = []
     for count, large in ((config.large_per_snapshot, True), (config.small_per_snapshot, False)):
         drawn = (_cluster(system, names, generator, large=large) for _ in range(8 * count))
-        found += list(islice((atoms for atoms in drawn if atoms is not None), count))
+        different = {tuple(cut): atoms for atoms, cut in (one for one in drawn if one is not None)}
+        found += list(different.values())[:count]
     return found
 
 
 def _cluster(
     system: System, names: tuple[str, ...], generator: np.random.Generator, *, large: bool
-) -> ase.Atoms | None:
-    """Return the molecules round a random atom, None where they are not worth labelling."""
+) -> tuple[ase.Atoms, list[int]] | None:
+    """Return the molecules round a random atom and their numbers, None where they are not worth labelling."""
     if system.molecule is None:
         return None
     charges = np.array([float(molecule(name).charge) for name in names])
@@ -209,5 +212,5 @@ def _cluster(
     if not smallest <= cluster.n_atoms <= largest or abs(cluster.total_charge) > 2.5:
         return None
     atoms = cluster.to_atoms()
-    atoms.info["kind"] = "large" if large else kind_of([names[m] for m in kept])
-    return atoms
+    atoms.info |= {"kind": "large" if large else kind_of([names[m] for m in kept]), "sampling": "liquid"}
+    return atoms, sorted(kept.tolist())

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import h5py
@@ -30,7 +31,7 @@ from bamboo.system import System
 FORMAT = "bamboo quantum dataset"
 FORMAT_VERSION = 1
 KINDS = ("neutral", "lithium", "anion", "ion_pair", "large", "periodic")
-SAMPLINGS = ("dynamics", "scan", "compressed", "distorted", "packed", "liquid", "imported")
+SAMPLINGS = ("dynamics", "scan", "compressed", "distorted", "packed", "liquid", "failure", "imported")
 SPLITS = ("train", "validation", "test")
 UNKNOWN_MOLECULE = 65535
 STRING_BYTES = 96
@@ -85,10 +86,21 @@ class Frame:
 
     @property
     def split(self) -> str:
-        """Return train (85 %), validation (5 %) or test (10 %), decided by a hash of the run's name."""
-        run = self.trajectory.partition("/")[0]
-        draw = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4], "big") / 2**32
-        return "train" if draw < 0.85 else "validation" if draw < 0.90 else "test"
+        """Return train, validation or test, decided by the run's name."""
+        return split_of(self.trajectory)
+
+
+def split_of(trajectory: str) -> str:
+    """Return train (85 %), validation (5 %) or test (10 %), decided by a hash of the run's name."""
+    run = trajectory.partition("/")[0]
+    draw = int.from_bytes(hashlib.sha256(run.encode()).digest()[:4], "big") / 2**32
+    return "train" if draw < 0.85 else "validation" if draw < 0.90 else "test"
+
+
+def trajectory_in(split: str, *, run: str) -> str:
+    """Return a name for a trajectory of a run that falls into the split: names decide it, so one is sought."""
+    whole = run.replace("/", " per ")
+    return next(name for number in count() if split_of(name := f"{whole}, {split} {number}") == split)
 
 
 def round_positions(positions: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -81,6 +81,15 @@ def sample_dynamics(generator: np.random.Generator, library: Library, outcome: O
     _run_dynamics(system, molecule_names(counts), generator, outcome, temperature_K=float(temperature_K), n_kept=n_kept)
 
 
+def sample_anion(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
+    """Langevin dynamics of an anion, alone or with Li+, at 300-600 K: few atoms, stiff bonds, many ways to meet."""
+    counts = {str(generator.choice(["FSI", "PF6"], p=[0.7, 0.3])): 1} | ({"Li": 1} if generator.random() < 0.6 else {})
+    system = pack_cluster(counts, seed=_seed(generator), tolerance_A=1.7, conformers=library.geometries)
+    temperature_K = float(generator.uniform(300.0, 600.0))
+    names = molecule_names(counts)
+    _run_dynamics(system, names, generator, outcome, temperature_K=temperature_K, n_kept=N_KEPT[0])
+
+
 def _run_dynamics(
     system: System,
     names: tuple[str, ...],
@@ -239,6 +248,7 @@ def label_structure(
 
 RECIPES: dict[str, Callable[[np.random.Generator, Library, Outcome], None]] = {
     "dynamics": sample_dynamics,
+    "anion": sample_anion,
     "compressed": sample_compressed,
     "scan": sample_scan,
     "distorted": sample_distorted,

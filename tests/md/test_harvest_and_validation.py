@@ -12,6 +12,7 @@ import md.validation
 from bamboo import checkpoint
 from bamboo.errors import GuardError, InputError
 from bamboo.quantum.campaign import structure_jobs
+from bamboo.structure.packing import molecule_names, pack_box
 from md.engine.simulation import Simulation
 from md.harvest import HarvestConfig, harvest
 from md.validation import ValidationConfig, ValidationReport, measure_conservation, validate
@@ -99,3 +100,27 @@ def test_validation_records_what_stops_and_raises_what_the_user_got_wrong(monkey
     assert report.stopped == ["energy conservation: too hot", "seed 1: too hot", "seed 2: too hot"]
     with pytest.raises(InputError, match="No model"):
         validate("no such model", ValidationConfig(seeds=(1,)), say=lambda _: None)
+
+
+def test_large_boxes_are_cut_into_different_clusters_of_both_sizes() -> None:
+    counts = {"Li": 3, "PF6": 3, "EC": 12, "DMC": 14}
+    system = pack_box(counts, density_g_cm3=1.1, seed=1)
+    config = HarvestConfig(large_per_snapshot=2, small_per_snapshot=12)
+    cut = md.harvest._structures(system, config, molecule_names(counts), np.random.default_rng(0))
+    kinds = [atoms.info["kind"] for atoms in cut]
+    assert kinds.count("large") == 2 and len(cut) > 8 and {"lithium", "neutral"} & set(kinds)
+    for atoms in cut:
+        smallest, largest = (90, 180) if atoms.info["kind"] == "large" else (5, 60)
+        assert smallest <= len(atoms) <= largest and not atoms.pbc.any()
+        n_lithium, n_phosphorus = (int((atoms.numbers == z).sum()) for z in (3, 15))
+        assert atoms.info["charge"] == n_lithium - n_phosphorus  # whole molecules
+        if atoms.info["kind"] != "large":
+            ions = {
+                (False, False): "neutral",
+                (True, False): "lithium",
+                (False, True): "anion",
+                (True, True): "ion_pair",
+            }
+            assert atoms.info["kind"] == ions[n_lithium > 0, n_phosphorus > 0]
+    # the same molecules are never labelled twice
+    assert len({np.round(np.sort(atoms.get_all_distances(), None), 6).tobytes() for atoms in cut}) == len(cut)
