@@ -423,9 +423,10 @@ def _reading(path: Path) -> Iterator[h5py.File]:
         try:
             file = h5py.File(path, "r")
         except OSError as error:
-            if "truncated" in str(error):
+            # marked as being written, by a live process or by one that was killed; only then, because in this mode HDF5
+            # reads a wrong checksum again and again, for ever, in the hope that a writer is at work
+            if "already open for write" not in str(error):
                 raise
-            # marked as being written: by a live process, or by one that was killed
             file = h5py.File(path, "r", swmr=True)
         with file:
             yield file

@@ -25,6 +25,8 @@ def recognise(system: System) -> tuple[tuple[str, ...], Indices]:
     indices into the system. Raises InputError where a molecule is not known by name, or two of them touch.
     """
     bonds = bond_graph(system)
+    if (bonds[:, 0] == bonds[:, 1]).any():
+        raise InputError("The box is so small that an atom touches its own image.")
     n = system.n_atoms
     graph = coo_matrix((np.ones(len(bonds)), (bonds[:, 0], bonds[:, 1])), shape=(n, n))
     _, component = connected_components(graph, directed=False)

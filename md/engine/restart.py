@@ -43,11 +43,11 @@ def save(folder: Path, state: MDState, *, info: dict[str, Any] | None = None) ->
     header = {
         "format_version": FORMAT_VERSION,
         "serial": max(serials.values()) + 1,
-        "sha256": hashlib.sha256(data).hexdigest(),
         "device": state.device.type,
         "state": {name: getattr(state, name) for name in STATE_SCALARS},
         "info": info or {},
     }
+    header["sha256"] = _digest(header, data)
     _write_atomically(folder / f"{slot}.safetensors", data)
     _write_atomically(folder / f"{slot}.json", json.dumps(header, indent=1).encode())
     return folder / f"{slot}.json"
@@ -113,10 +113,16 @@ def _valid_header(folder: Path, slot: str) -> dict[str, Any] | None:
     """Return the JSON of a slot, or None where it is missing, unreadable, or does not fit the tensors."""
     try:
         header = json.loads((folder / f"{slot}.json").read_bytes())
-        digest = hashlib.sha256((folder / f"{slot}.safetensors").read_bytes()).hexdigest()
-    except (OSError, ValueError):
+        data = (folder / f"{slot}.safetensors").read_bytes()
+    except (OSError, ValueError, RecursionError):
         return None
-    return header if isinstance(header, dict) and header.get("sha256") == digest else None
+    return header if isinstance(header, dict) and header.get("sha256") == _digest(header, data) else None
+
+
+def _digest(header: dict[str, Any], data: bytes) -> str:
+    """Checksum of a slot: the tensors and all of the JSON but the checksum itself."""
+    notes = json.dumps({name: value for name, value in header.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(notes.encode() + data).hexdigest()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -90,6 +90,12 @@ def stepped(toys, folder, steps):
         restart.save(folder, state)
 
 
+def rewrite(folder, header):
+    """Replace the JSON of slot a, checksum included."""
+    header["sha256"] = restart._digest(header, (folder / "a.safetensors").read_bytes())
+    (folder / "a.json").write_text(json.dumps(header))
+
+
 def test_newest_slot_is_read(toys, tmp_path):
     for n in range(1, 6):
         stepped(toys, tmp_path / str(n), range(n))
@@ -98,7 +104,7 @@ def test_newest_slot_is_read(toys, tmp_path):
     assert restart.load(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "json", "old tensors"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "json", "step", "old tensors"])
 def test_torn_slot_falls_back(toys, tmp_path, damage):
     stepped(toys, tmp_path, [10, 20])
     newest = next(slot for slot in "ab" if json.loads((tmp_path / f"{slot}.json").read_text())["state"]["step"] == 20)
@@ -111,6 +117,9 @@ def test_torn_slot_falls_back(toys, tmp_path, damage):
         data.write_bytes(content)
     elif damage == "json":
         (tmp_path / f"{newest}.json").write_text('{"sha256": "12')
+    elif damage == "step":  # a number that still reads
+        path = tmp_path / f"{newest}.json"
+        path.write_text(path.read_text().replace('"step": 20', '"step": 29'))
     else:  # crash between the renames of the two files
         restart.save(tmp_path / "other", new_state(toys))
         data.write_bytes((tmp_path / "other" / "a.safetensors").read_bytes())
@@ -128,7 +137,7 @@ def test_torn_slot_falls_back(toys, tmp_path, damage):
 def test_all_slots_torn_or_newer(toys, tmp_path):
     stepped(toys, tmp_path, [10])
     header = json.loads((tmp_path / "a.json").read_text())
-    (tmp_path / "a.json").write_text(json.dumps(header | {"format_version": 99}))
+    rewrite(tmp_path, header | {"format_version": 99})
     with pytest.raises(InputError, match="format 99"):
         restart.load(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"")
@@ -142,7 +151,7 @@ def test_random_numbers_go_on_reproducibly_on_another_kind_of_device(toys, tmp_p
     stepped(toys, tmp_path, [10])
     header = json.loads((tmp_path / "a.json").read_text())
     same = restart.load(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps(header | {"device": "cuda"}))
+    rewrite(tmp_path, header | {"device": "cuda"})
     first, second = restart.load(tmp_path), restart.load(tmp_path)
     assert same is not None and first is not None and second is not None
     draws = [checkpoint.state.normal() for checkpoint in (same, first, second)]
