@@ -16,6 +16,7 @@ from md.analysis.conductivity import conductivity, green_kubo_conductivity
 from md.analysis.density import SHORTEST_PS, density
 from md.analysis.diffusion import self_diffusion
 from md.analysis.estimate import Estimate, format_time, no_value
+from md.analysis.residence import residence_times
 from md.analysis.statistics import combine, equilibration_start, series_mean
 from md.analysis.structure import NO_SHELL, coordination_numbers, ion_pairing
 from md.analysis.viscosity import viscosity
@@ -162,7 +163,7 @@ def _long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, 
 
 
 def coordination(trajectories: Sequence[Trajectory]) -> dict[str, Estimate]:
-    """Return the neighbours of every monatomic cation and the state of its ion pairs, averaged over replicas."""
+    """Return the neighbours of every monatomic cation, how long they stay, and the state of its ion pairs."""
     topology = trajectories[0].topology
     cations = monatomic_cations(topology)
     if not cations:
@@ -173,6 +174,7 @@ def coordination(trajectories: Sequence[Trajectory]) -> dict[str, Estimate]:
             if has_element(topology, ligand):
                 properties |= _over_replicas(trajectories, partial(coordination_numbers, centre=cation, ligand=ligand))
         properties |= _over_replicas(trajectories, partial(ion_pairing, cation=cation))
+        properties |= residence_times(trajectories, cation=cation)
     return properties
 
 

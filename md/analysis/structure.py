@@ -155,7 +155,7 @@ def ion_pairing(trajectory: Trajectory, *, cation: str = "Li") -> dict[str, Esti
     anions = [name for name, index in topology.species.items() if charges[index[0]] < 0.0]
     if not anions:
         raise InputError("There are no anions: ion pairing is defined for electrolytes.")
-    shells = [shell for name in anions for shell in _binding_shells(trajectory, cations, name)]
+    shells = [shell for name in anions for shell in binding_shells(trajectory, cations, name)]
     series: dict[str, list[float]] = {"separated": [], "contact": [], "aggregate": []}
     for positions, cell in _frames(trajectory):
         contacts = set()
@@ -174,7 +174,7 @@ def ion_pairing(trajectory: Trajectory, *, cation: str = "Li") -> dict[str, Esti
     return {f"ion_pairing_{name}": _mean_over_frames(values, method) for name, values in series.items()}
 
 
-def _binding_shells(trajectory: Trajectory, cations: Indices, species: str) -> list[tuple[Indices, float]]:
+def binding_shells(trajectory: Trajectory, cations: Indices, species: str) -> list[tuple[Indices, float]]:
     """Atoms and first-shell cutoff of every binding element of an anion species."""
     topology = trajectory.topology
     atoms = topology.select(species=species)
