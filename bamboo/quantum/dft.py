@@ -5,6 +5,7 @@ Rappoport and Furche, J. Chem. Phys. 133, 134105 (2010), doi 10.1063/1.3484283. 
 as many threads as OMP_NUM_THREADS says; set it to 1 and run several processes.
 """
 
+import gc
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -71,6 +72,7 @@ class DFTLabeller:
         """Return the labels of one structure; errors as of ``label_dft``."""
         guess = self.last.guess if self.last is not None and self.last.guess.fits(system, basis=self.basis) else None
         self.last = label_dft(system, guess=guess, grid_level=self.grid_level, basis=self.basis)
+        gc.collect()  # PySCF's objects refer to each other, and the collector does not see how large their arrays are
         return self.last.labels
 
 
