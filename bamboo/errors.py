@@ -33,6 +33,12 @@ class GuardError(BambooError):
     exit_code = 4
 
 
+class ConvergenceError(BambooError):
+    """An iteration used up its budget before it reached its tolerance."""
+
+    exit_code = 4
+
+
 class CheckpointedStop(BambooError):
     """The run stopped with a checkpoint; the same command continues it."""
 

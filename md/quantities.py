@@ -22,6 +22,9 @@ UNITS: dict[str, dict[str, float]] = {
     "wall time": {"min": 60.0, "s": 1.0, "h": 3600.0},
     "length": {"A": units.ANGSTROM, "Å": units.ANGSTROM, "nm": units.NANOMETRE},
     "density": {"g/cm3": units.GRAM_PER_CM3, "kg/m3": 1.0e-3 * units.GRAM_PER_CM3},
+    "viscosity": {"mPa.s": units.MILLIPASCAL_SECOND},
+    "conductivity": {"mS/cm": units.MILLISIEMENS_PER_CENTIMETRE, "S/m": units.SIEMENS_PER_METRE},
+    "compressibility": {"1/GPa": 1.0e-9 / units.PASCAL, "1/bar": 1.0 / units.BAR},
     "force": {"eV/A": units.EV / units.ANGSTROM, "eV/Å": units.EV / units.ANGSTROM},
 }
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -124,3 +127,6 @@ Length = Annotated[float, Quantity("length", "0 A", "100 A")]
 Density = Annotated[float, Quantity("density", "0 g/cm3", "30 g/cm3")]
 DensityRange = Annotated[tuple[float, float], QuantityPair("density", "0 g/cm3", "30 g/cm3")]
 Force = Annotated[float, Quantity("force", "0 eV/A", "1e6 eV/A")]
+Viscosity = Annotated[float, Quantity("viscosity", "0 mPa.s", "1e6 mPa.s")]
+Conductivity = Annotated[float, Quantity("conductivity", "0 mS/cm", "1e4 mS/cm")]
+Compressibility = Annotated[float, Quantity("compressibility", "0 1/GPa", "100 1/GPa")]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bamboo import checkpoint, units
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldConfig
+from bamboo.learn.ensemble import ENSEMBLE
 from bamboo.learn.evaluate import MODERATE_FORCE, MODERATE_TEMPERATURE, Errors, evaluate
 from bamboo.learn.lift import LIFTED
 from bamboo.learn.loop import Loop, LoopConfig, Progress
@@ -27,6 +28,7 @@ from bamboo.nn.get import NetworkConfig
 from bamboo.quantum.dataset import Frame, read_frames
 from bamboo.terms.d3_table import fill_d3_table
 
+BEYOND = ("compressed", "distorted", "failure")
 N_REFERENCE_FRAMES = 400  # enough to fit one number per element
 
 
@@ -75,6 +77,7 @@ class TrainConfig(_Block):
     output     model file to write; its folder also takes the CSV log and the saved state
     start      zoo name or model file whose weights to begin from; without it, new weights
     max_force  eV/Å; frames with a larger force component are left out
+    trained    which weights move: all, or only those of the MLP that reads energies off the last features
     far_pairs  share of constructed frames of two clusters far apart
     fixed_terms  False leaves out dispersion and repulsion, as for labels that are differences of two levels
     description, caveat   go into the card: what the model is for, and what it must not be used for
@@ -86,6 +89,7 @@ class TrainConfig(_Block):
     network: NetworkBlock = NetworkBlock()
     weights: WeightsBlock = WeightsBlock()
     loop: LoopBlock = LoopBlock()
+    trained: Literal["all", "energy_head"] = "all"
     seed: Annotated[int, Field(ge=0)] = 0
     max_force: Annotated[float, Field(gt=0)] = 20.0
     far_pairs: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -101,9 +105,11 @@ def largest_force(frame: Frame) -> float:
 
 
 def held_out_group(frame: Frame) -> str:
-    """Return the group in which a held-out frame is reported: its kind, or "hot" (beyond the stated range)."""
+    """Return the group in which a held-out frame is reported: its kind, "hot" (beyond the stated range) or "bulk"."""
+    if frame.labels.level.startswith(ENSEMBLE):
+        return "bulk"
     hot = largest_force(frame) >= MODERATE_FORCE * units.KCAL_PER_MOL or frame.temperature_K > MODERATE_TEMPERATURE
-    return "hot" if hot or frame.sampling in ("compressed", "distorted") else frame.kind
+    return "hot" if hot or frame.sampling in BEYOND else frame.kind
 
 
 def label_table(frames: Sequence[Frame]) -> str:
@@ -118,12 +124,17 @@ def label_table(frames: Sequence[Frame]) -> str:
     return "\n".join(lines)
 
 
+def _levels(frames: Sequence[Frame]) -> set[str]:
+    """Return the levels of theory of frames; labels of an ensemble are on the zero of the level it learnt."""
+    return {frame.labels.level for frame in frames if not frame.labels.level.startswith(ENSEMBLE)}
+
+
 def _check_labels(frames: Sequence[Frame], weights: WeightsBlock) -> None:
     """Refuse energies that cannot be compared, and weights for labels that no frame has: they would do nothing."""
-    levels = sorted({frame.labels.level.removesuffix(LIFTED) for frame in frames})
+    levels = {level.removesuffix(LIFTED) for level in _levels(frames)}
     if len(levels) > 1 and weights.energy > 0:
         raise InputError(
-            f"The data mix levels of theory ({', '.join(levels)}), whose energies have different zeros. "
+            f"The data mix levels of theory ({', '.join(sorted(levels))}), whose energies have different zeros. "
             "Train on one level, or set weights.energy: 0."
         )
     for name in sorted(weights.model_fields_set & {"forces", "charges", "dipole", "virial"}):
@@ -154,13 +165,24 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
             raise InputError(
                 f"{config.start} does not know the elements {sorted(unknown)} of the data; train from scratch."
             )
-        levels = {frame.labels.level for frame in frames}
-        if levels <= set(checkpoint.describe(config.start)["card"].get("levels", [])):
+        if _levels(frames) <= set(checkpoint.describe(config.start)["card"].get("levels", [])):
             return force_field.train()
         chosen = np.random.default_rng(config.seed).permutation(len(frames))[:N_REFERENCE_FRAMES]
         shift_references(force_field, make_samples(force_field, [frames[k] for k in chosen]))
         return force_field.train()
     return new_force_field(NetworkConfig(**config.network.model_dump()), frames, fixed_terms=config.fixed_terms)
+
+
+def choose_trained(force_field: ForceField, trained: str) -> None:
+    """Let only some weights move: "all", or "energy_head", which leaves charges and features alone."""
+    for name, parameter in force_field.named_parameters():
+        parameter.requires_grad_(trained == "all" or name.startswith("energy_head."))
+
+
+def held_out_errors(force_field: ForceField, frames: Sequence[Frame]) -> dict[str, Errors]:
+    """Return the errors on those of the frames that are held out, by group; empty where none is."""
+    test = [frame for frame in frames if frame.split == "test"]
+    return evaluate(force_field, make_samples(force_field, test), [held_out_group(f) for f in test]) if test else {}
 
 
 def new_force_field(network: NetworkConfig, frames: Sequence[Frame], *, fixed_terms: bool = True) -> ForceField:
@@ -195,6 +217,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
     samples = make_samples(force_field, [*parts["train"], *pairs])
     validation = make_samples(force_field, parts["validation"])
     validation_groups = [held_out_group(frame) for frame in parts["validation"]]
+    choose_trained(force_field, config.trained)
     say(f"{len(samples)} frames to train on ({len(pairs)} far pairs), {len(validation)} to choose by")
 
     loop = Loop(
@@ -227,8 +250,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
 
     loop.run(listener)
     final = best.force_field()
-    test = make_samples(final, parts["test"])
-    errors = evaluate(final, test, [held_out_group(frame) for frame in parts["test"]]) if test else {}
+    errors = held_out_errors(final, parts["test"])
     checkpoint.save(final, config.output, card=_card(config, frames, errors, started))
     say(error_table(errors))
     return errors

@@ -225,7 +225,7 @@ class Loop:
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"{kind}/{index}/{name}": value for name, value in moments.items()}
         header = {"epoch": self.epoch, "step": self.step, "step_in_epoch": self.step_in_epoch, "data": self.data}
-        header |= self._settings()
+        header |= self._settings() | {"trained": len(self.trained)}
         unfinished = path.with_name(path.name + ".part")
         # clones: an average that was never updated shares its memory with the weights
         save_file(
@@ -246,7 +246,8 @@ class Loop:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: the saved training state is damaged; remove it to start anew.") from error
         for name, ours in self._settings().items():
-            changed = {key for key in ours if header[name].get(key) != ours[key]} - {"save_seconds"}
+            # states written before a setting existed had its default
+            changed = {key for key in ours if header[name].get(key, ours[key]) != ours[key]} - {"save_seconds"}
             if changed:
                 raise InputError(
                     f"{path}: the saved training used other settings ({', '.join(sorted(changed))}). "
@@ -255,6 +256,8 @@ class Loop:
         # the tolerance is for rounding, which differs from machine to machine; the oldest states do not name their data
         theirs = header.get("data", self.data)
         changed = {name for name in self.data if not math.isclose(theirs[name], self.data[name], rel_tol=1.0e-5)}
+        if header.get("trained", len(self.trained)) != len(self.trained):
+            raise InputError(f"{path}: the saved training moved other weights. Remove it to start anew.")
         if changed:
             raise InputError(
                 f"{path}: the saved training had other data ({', '.join(sorted(changed))}). "

@@ -23,6 +23,7 @@ class LossWeights:
     dipole      (e Å)^-2, clusters
     virial      per sqrt(n_atoms), eV^-2, periodic boxes
     raw_charge  ((Q - sum q~)^2 / n), e^-2: makes the charges nearly right before the total charge is shared out
+    molecular_virial   per sqrt(n_atoms), eV^-2, of samples that carry such a target (``learn/align.py``)
     """
 
     forces: float = 1.0
@@ -31,9 +32,11 @@ class LossWeights:
     dipole: float = 0.3
     virial: float = 1.0
     raw_charge: float = 1.0
+    molecular_virial: float = 1.0
 
 
-HUBER_WIDTH = {"forces": 1.0, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2}  # internal units
+# internal units
+HUBER_WIDTH = {"forces": 1.0, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2, "molecular_virial": 0.2}
 
 
 def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -51,7 +54,21 @@ def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> d
         "dipole": output.dipole - data.dipole,
         "virial": (output.virial - data.virial) / root[:, None, None],
     }
+    if "molecular_virial" in data:
+        target = molecular_virial(output, data.arms, data.batch)
+        differences["molecular_virial"] = (target - data.molecular_virial) / root[:, None, None]
     return {name: value[~data[name].isnan()] for name, value in differences.items()}
+
+
+def molecular_virial(output: ForceFieldOutput, arms: torch.Tensor, system_index: torch.Tensor) -> torch.Tensor:
+    """Return W - sum_i F_i (x) a_i, (n_systems, 3, 3) eV: -dE/dstrain where molecules move as rigid bodies.
+
+    arms  (n_atoms, 3) Å, a_i = r_i - R_m(i), each atom from the centre of mass of its molecule
+    Symmetrised: its antisymmetric part is a torque on the molecules, which no pressure contains.
+    """
+    turned = torch.einsum("na,nb->nab", output.forces, arms)
+    inside = torch.zeros_like(output.virial).index_add(0, system_index, 0.5 * (turned + turned.transpose(1, 2)))
+    return output.virial - inside
 
 
 def loss_parts(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
