@@ -112,6 +112,30 @@ def train(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML fi
 
 @app.command()
 @reported
+def distill(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a distillation.")]) -> None:
+    """Let several models simulate liquids and train one on their mean; run again to continue."""
+    from md.distill import distill as run_distillation
+    from md.distill import load_distill_config
+
+    run_distillation(load_distill_config(config), say=_say)
+
+
+@app.command()
+@reported
+def align(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of an alignment.")]) -> None:
+    """Correct a model until its liquids have the measured densities; run again to continue."""
+    from md.align import align as run_alignment
+    from md.align import load_align_config
+
+    run_alignment(load_align_config(config), say=_say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@app.command()
+@reported
 def schema() -> None:
     """Print the JSON schema of the configuration file, for completion and checks in editors."""
     from md.config import json_schema

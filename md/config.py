@@ -43,6 +43,9 @@ SaltAmount = Annotated[
 Property = Literal["density", "viscosity", "conductivity", "diffusion", "coordination"]
 
 
+Molecules = Annotated[dict[str, str], AfterValidator(lambda names: _defined(names)), Field(max_length=50)]
+
+
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -163,7 +166,7 @@ class RunConfig(_Block):
     structure   file of a periodic box of known molecules, in any format that ASE reads: the start, not packed
     """
 
-    molecules: Annotated[dict[str, str], AfterValidator(lambda names: _defined(names)), Field(max_length=50)] = {}
+    molecules: Molecules = {}
     electrolyte: Annotated[str, validator(lambda text: _checked_electrolyte(text))] | None = None
     composition: CompositionBlock | None = None
     structure: str | None = None

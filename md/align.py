@@ -1,0 +1,325 @@
+"""``bamboo-md align config.yaml``: measure the pressure at the experimental density, correct it, measure again.
+
+Each round simulates every liquid at its measured density (NVT), takes the mean pressure with its error bar, and
+fine-tunes the model so that its molecular pressure shifts by P_exp - P_sim (``bamboo/learn/align.py``). It ends when
+every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids that only test
+are simulated with the first and the last model.
+
+All work lies in a folder named after the output: the same command again continues.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from bamboo import checkpoint, units
+from bamboo.errors import ConvergenceError, InputError
+from bamboo.evaluator import Evaluator
+from bamboo.learn.align import Liquid, molecular_pressure, shift_pressures
+from bamboo.learn.evaluate import Errors
+from bamboo.learn.fit import LoopBlock, WeightsBlock, error_table, held_out_errors, load_frames
+from bamboo.learn.loop import LoopConfig
+from bamboo.learn.losses import LossWeights
+from bamboo.quantum.dataset import Frame
+from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
+from md.config import Molecules
+from md.experiment import Measurement, load_measurements, problems
+from md.liquid import Box, Stage, accept_settings, frames, locked, nvt, simulate, stored, write_json
+from md.model import file_sha256
+from md.quantities import Compressibility, Density, Duration
+from md.trajectory import ThermoSeries
+from md.yaml_model import Problem, load_yaml
+
+Say = Callable[[str], None]
+BROKEN = 0.5  # a density error this large, relative, is an error of input or a broken model
+
+
+class AlignWeights(WeightsBlock):
+    """Weights of the loss; the wanted shift against what must stay."""
+
+    molecular_virial: Annotated[float, Field(gt=0)] = 1.0
+
+
+class AlignConfig(BaseModel):
+    """What ``bamboo-md align`` reads.
+
+    model      zoo name or model file to align
+    output     model file to write; the folder of the same name without ending takes the simulations
+    data       quantum data the model learnt from: ``clusters`` of its structures hold the model in place, and its
+               held-out frames tell what the alignment did to the errors
+    align, test  measured liquids; or ``table``, a file of them, where ``use`` says which is which
+    atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest
+    frames     taken from each run to train on
+    rounds     most corrections before the alignment fails
+    tolerance  of every density
+    check      how a density error is known: "compressibility" estimates rho kappa (P_sim - P_exp), one stated kappa for
+               all; "npt" simulates it as well, ``npt_time`` long
+    trained    "energy_head" or "all" weights
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    molecules: Molecules = {}
+    model: str
+    output: Path
+    data: Annotated[tuple[Path, ...], Field(min_length=1)]
+    table: Path | None = None
+    align: tuple[Measurement, ...] = ()
+    test: tuple[Measurement, ...] = ()
+    atoms: Annotated[int, Field(ge=20, le=100_000)] = 400
+    equilibrate: Duration = 10.0 * units.PICOSECOND
+    time: Duration = 40.0 * units.PICOSECOND
+    frames: Annotated[int, Field(ge=1, le=10_000)] = 30
+    rounds: Annotated[int, Field(ge=1, le=100)] = 6
+    tolerance: Density = 0.01 * units.GRAM_PER_CM3
+    check: Literal["compressibility", "npt"] = "compressibility"
+    compressibility: Compressibility = 1.0e-9 / units.PASCAL
+    npt_time: Duration = 60.0 * units.PICOSECOND
+    clusters: Annotated[int, Field(ge=1)] = 500
+    trained: Literal["energy_head", "all"] = "energy_head"
+    weights: AlignWeights = AlignWeights()
+    loop: LoopBlock = LoopBlock(epochs=20, edges_per_batch=20_000, learning_rate=1.0e-3, weight_decay=0.0)
+    seed: Annotated[int, Field(ge=0, le=10**6)] = 1
+
+    def aligned_rows(self) -> tuple[Measurement, ...]:
+        """Return the liquids to align to."""
+        return self.align or tuple(row for row in self._table() if row.use == "align")
+
+    def test_rows(self) -> tuple[Measurement, ...]:
+        """Return the liquids that only test: those with a density."""
+        return self.test or tuple(row for row in self._table() if row.use == "test" and row.density is not None)
+
+    def _table(self) -> tuple[Measurement, ...]:
+        return load_measurements(self.table) if self.table is not None else ()
+
+
+def load_align_config(path: Path) -> AlignConfig:
+    """Read and check the configuration; raises InputError that lists every problem as ``file:line: key: problem``."""
+    return load_yaml(path, AlignConfig, checks=_checks)
+
+
+def _checks(config: AlignConfig) -> list[Problem]:
+    if bool(config.table) == bool(config.align):
+        return [(("align",) if config.align else (), "give either `align`, a list of liquids, or a `table` of them.")]
+    if config.table and config.test:
+        return [(("test",), "the `table` says which liquids test. Remove one of the two.")]
+    found = problems(config.align, ("align",)) + problems(config.test, ("test",))
+    found += [(("align", k), "its `use` is not align.") for k, row in enumerate(config.align) if row.use != "align"]
+    found += [(("test", k), "has no density.") for k, row in enumerate(config.test) if row.density is None]
+    if not config.aligned_rows():
+        found.append((("table",), "no row of the table aligns."))
+    return found
+
+
+def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
+    """Align, write the model with its card and return the report, which is also written beside it.
+
+    Raises ConvergenceError with the table where the rounds do not bring every density within the tolerance,
+    InputError where a density or the model cannot be right, GuardError where a simulation does not stay sound.
+    """
+    work = config.output.with_suffix("")
+    source = checkpoint.resolve(config.model)
+    settings = config.model_dump(mode="json", exclude={"output", "rounds", "tolerance", "align", "test", "table"})
+    settings["model_sha256"] = file_sha256(source)
+    settings["rows"] = [row.model_dump(mode="json") for row in config.aligned_rows()]
+    with locked(work):
+        accept_settings(work, settings)
+        quantum = load_frames(config.data, max_force=20.0, say=say)
+        history: list[list[dict[str, Any]]] = []
+        model = source
+        for number in range(config.rounds + 1):
+            folder = work / f"round-{number:02d}"
+            rows = [
+                measure(model, row, folder / f"align-{k:02d}", config=config, seed=config.seed + 1000 * number + k)
+                for k, row in enumerate(config.aligned_rows())
+            ]
+            history.append(rows)
+            say(f"round {number}, {model.name}\n{measurement_table(rows)}")
+            if all(abs(row["density_error"]) * units.GRAM_PER_CM3 <= config.tolerance for row in rows):
+                break
+            if number == config.rounds:
+                raise ConvergenceError(_failure(config, history))
+            model = _corrected(model, rows, folder, config=config, quantum=quantum, say=say)
+        tests = {
+            moment: [
+                measure(file, row, work / f"test-{moment}" / f"{k:02d}", config=config, seed=config.seed + 500 + k)
+                for k, row in enumerate(config.test_rows())
+            ]
+            for moment, file in (("before", source), ("after", model))
+        }
+        return _finish(config, source, model, history=history, tests=tests, quantum=quantum, say=say)
+
+
+def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
+    """Simulate one liquid at its measured density; return pressure and density error, computed once and then stored.
+
+    Raises InputError where the density error is so large that the measured density or the model is broken.
+    """
+
+    def compute() -> dict[str, Any]:
+        evaluator = Evaluator(checkpoint.load(model))
+        box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
+        target_bar = row.pressure / units.BAR
+        stages = [nvt("equilibrate", config.equilibrate), nvt("sample", config.time, frames=config.frames)]
+        if config.check == "npt":
+            stages.append(Stage("npt", config.npt_time / units.PICOSECOND, pressure_bar=target_bar))
+        simulate(box, stages, evaluator, folder)
+        tensor = ThermoSeries.read(folder / "sample" / "thermo.h5").pressure
+        pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
+        excess_bar = pressure.value - target_bar
+        kappa = config.compressibility * units.BAR
+        result = {
+            "name": row.name,
+            "density_measured": row.density_g_cm3,
+            "pressure_bar": pressure.value,
+            "pressure_stderr_bar": pressure.stderr,
+            "excess_bar": excess_bar,
+            "density_error": -row.density_g_cm3 * kappa * excess_bar,
+            "density_stderr": row.density_g_cm3 * kappa * pressure.stderr,
+            "how": f"estimated with kappa = {config.compressibility * 1e9 * units.PASCAL:g} 1/GPa",
+            "drifts": drifts,
+        }
+        if config.check == "npt":
+            series = ThermoSeries.read(folder / "npt" / "thermo.h5").density_g_cm3[:, 0]
+            density, moves = equilibrated_mean(series)
+            result |= {
+                "density_error": density.value - row.density_g_cm3, "density_stderr": density.stderr,
+                "how": "npt", "drifts": drifts or moves,
+            }  # fmt: skip
+        return result
+
+    result = stored(folder / "measured.json", compute)
+    if abs(result["density_error"]) > BROKEN * row.density_g_cm3:
+        raise InputError(
+            f"{row.name}: the model's pressure at the measured {row.density_g_cm3:.4g} g/cm3 is "
+            f"{result['pressure_bar']:.0f} bar, a density error of {result['density_error']:+.2f} g/cm3. Alignment "
+            "mends a few percent: either the measured density is wrong, or the model is broken for this liquid."
+        )
+    return result
+
+
+def equilibrated_mean(series: np.ndarray) -> tuple[SeriesMean, bool]:
+    """Return the mean of the equilibrated part of a series (its second half where it drifts), and whether it drifts."""
+    start = equilibration_start(series)
+    return series_mean(series[len(series) // 2 if start is None else start :]), start is None
+
+
+def _corrected(
+    model: Path,
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
+    *,
+    config: AlignConfig,
+    quantum: Sequence[Frame],
+    say: Say,
+) -> Path:
+    """Fine-tune the model on the frames of a round and return the new model file."""
+    path = folder / "corrected.safetensors"
+    if path.exists():
+        return path
+    liquids = [
+        Liquid(frames(folder / f"align-{k:02d}", "sample"), -row["excess_bar"] * units.BAR)
+        for k, row in enumerate(rows)
+    ]
+    force_field = checkpoint.load(model)
+    before = [molecular_pressure(force_field, liquid.systems).mean() for liquid in liquids]
+    corrected = shift_pressures(
+        force_field,
+        liquids,
+        clusters=[frame.system for frame in anchors(quantum, config.clusters, seed=config.seed)],
+        trained=config.trained,
+        weights=LossWeights(**config.weights.model_dump()),
+        config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
+        state_path=folder / "state.safetensors",
+    )
+    for row, liquid, old in zip(rows, liquids, before, strict=True):
+        gained = molecular_pressure(corrected, liquid.systems).mean() - old
+        say(f"  {row['name']}: asked {-row['excess_bar']:+.0f} bar, on its frames {gained / units.BAR:+.0f} bar")
+    draft = path.with_suffix(".part")
+    checkpoint.save(corrected, draft, card=checkpoint.describe(model)["card"])
+    draft.rename(path)
+    return path
+
+
+def anchors(quantum: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
+    """Return up to ``count`` frames of the training part, at random, that shall stay as they are."""
+    known = [frame for frame in quantum if frame.split == "train"]
+    if not known:
+        raise InputError("`data` holds no frames for training; they keep the model in place.")
+    chosen = np.random.default_rng(seed).permutation(len(known))[:count]
+    return [known[index] for index in chosen]
+
+
+def measurement_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return measured liquids as a table; pressures in bar, densities in g/cm3."""
+    lines = [f"{'liquid':<44}{'rho exp':>9}{'P at rho exp':>20}{'density error':>22}  how"]
+    for row in rows:
+        pressure = f"{row['pressure_bar']:.0f} ± {row['pressure_stderr_bar']:.0f}"
+        error = f"{row['density_error']:+.4f} ± {row['density_stderr']:.4f}"
+        drift = "; still drifts" if row["drifts"] else ""
+        lines.append(f"{row['name']:<44}{row['density_measured']:>9.4f}{pressure:>20}{error:>22}  {row['how']}{drift}")
+    return "\n".join(lines)
+
+
+def mean_absolute_error(rows: Sequence[dict[str, Any]]) -> float:
+    """Return the mean absolute density error [g/cm3], nan for no rows."""
+    return float(np.mean([abs(row["density_error"]) for row in rows])) if rows else math.nan
+
+
+def _failure(config: AlignConfig, history: Sequence[Sequence[dict[str, Any]]]) -> str:
+    course = ", ".join(f"{mean_absolute_error(rows):.4f}" for rows in history)
+    return (
+        f"{config.rounds} rounds did not bring every density within {config.tolerance / units.GRAM_PER_CM3:g} g/cm3; "
+        f"mean absolute error by round: {course} g/cm3.\n{measurement_table(history[-1])}\n"
+        "Raise `rounds` and run again to continue; or train all weights, lengthen `time` where error bars are wide."
+    )
+
+
+def _finish(
+    config: AlignConfig,
+    source: Path,
+    model: Path,
+    *,
+    history: Sequence[Sequence[dict[str, Any]]],
+    tests: dict[str, list[dict[str, Any]]],
+    quantum: Sequence[Frame],
+    say: Say,
+) -> dict[str, Any]:
+    """Write the aligned model with its card and the report."""
+    force_field = checkpoint.load(model)
+    errors: dict[str, dict[str, Errors]] = {
+        "before": held_out_errors(checkpoint.load(source), quantum),
+        "after": held_out_errors(force_field, quantum),
+    }
+    report: dict[str, Any] = {
+        "parent": config.model,
+        "parent_sha256": file_sha256(source),
+        "rounds": len(history) - 1,
+        "aligned": {"before": history[0], "after": history[-1]},
+        "held_out": tests,
+        "mean_absolute_density_error_g_cm3": {
+            part: {moment: mean_absolute_error(rows) for moment, rows in (("before", first), ("after", last)) if rows}
+            for part, first, last in (
+                ("aligned", history[0], history[-1]),
+                ("held_out", tests["before"], tests["after"]),
+            )
+        },
+        "sources": {row.name: row.source for row in (*config.aligned_rows(), *config.test_rows())},
+        "held_out_force_rmse_eV_A": {
+            moment: {group: part.forces for group, part in by_group.items() if not math.isnan(part.forces)}
+            for moment, by_group in errors.items()
+        },
+    }
+    card = checkpoint.describe(source)["card"] | {"alignment": report}
+    checkpoint.save(force_field, config.output, card=card)
+    write_json(config.output.with_suffix("") / "report.json", report)
+    for moment in ("before", "after"):
+        if tests[moment]:
+            say(f"held-out liquids {moment}\n{measurement_table(tests[moment])}")
+        say(f"errors to quantum labels {moment}\n{error_table(errors[moment])}")
+    say(f"wrote {config.output}")
+    return report

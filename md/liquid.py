@@ -1,0 +1,223 @@
+"""One box of one liquid, simulated in stages that resume: what distillation and density alignment do with every model.
+
+A folder holds start.extxyz, restart/ and for each stage traj.h5 (where frames are kept) and thermo.h5. The same call
+again continues exactly where the run was stopped, and returns at once where it was finished.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+
+from bamboo.errors import InputError
+from bamboo.structure.packing import pack_box
+from bamboo.system import System
+from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
+from md.boxes import read_atoms
+from md.composition import parse_composition, realise
+from md.engine import restart
+from md.engine.barostats import StochasticCellRescaling
+from md.engine.guards import DensityRange, Guard, IntactMolecules, MaximumTemperature, MinimumDistance
+from md.engine.integrators import Langevin, StochasticVelocityRescaling, Thermostat
+from md.engine.minimiser import minimise
+from md.engine.reporters import Reporter
+from md.engine.simulation import Simulation
+from md.engine.state import Evaluator, MDState
+from md.harvest import PACKING_SCALE, squeeze
+from md.model import device_of
+from md.recording import FrameRecorder, ThermoRecorder, build_topology
+from md.run_folder import RunFolder, flatten
+from md.topology import Ensemble
+from md.trajectory import Trajectory
+
+THERMO_FS = 10.0  # time between records of pressure and density
+WARM_UP_STEPS = 400  # of 0.5 fs, at the density the stages begin from
+DAMPING_FS = 200.0  # of the thermostat: only static averages are taken
+
+
+@dataclass(frozen=True)
+class Box:
+    """What to simulate: a composition, about so many atoms, at a temperature; ``seed`` of packing and dynamics.
+
+    density_g_cm3  to start from; None for the estimate by ideal mixing
+    """
+
+    electrolyte: str
+    temperature_K: float
+    n_atoms: int
+    seed: int
+    density_g_cm3: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Dynamics of some length; at constant pressure where that is given [bar]; frames are kept every ``frame_ps``."""
+
+    name: str
+    time_ps: float
+    pressure_bar: float | None = None
+    frame_ps: float | None = None
+
+
+def nvt(name: str, time: float, *, frames: int = 0) -> Stage:
+    """Return a stage at constant volume; time in internal units."""
+    return Stage(name, time / PICOSECOND, frame_ps=time / PICOSECOND / frames if frames else None)
+
+
+def simulate(box: Box, stages: Sequence[Stage], evaluator: Evaluator, folder: Path) -> None:
+    """Pack, relax, warm up at the start density, then run the stages; finished work is not repeated.
+
+    Raises GuardError where the model left physical ground (its records stay), CheckpointedStop after SIGTERM.
+    """
+    saved = restart.load(folder / "restart", device=device_of(evaluator))
+    system, counts = _start(box, folder)
+    topology = build_topology(system, counts)
+    state = saved.state if saved else _prepared(box, system, evaluator, folder)
+    begun = int(saved.info["stage"]) if saved else -1
+    for index, stage in enumerate(stages):
+        steps = round(stage.time_ps * 1000.0 / _timestep_fs(box))
+        if index < begun or (index == begun and state.step >= steps):
+            continue
+        integrator = _integrator(box, stage)
+        with ExitStack() as stack:
+            reporters: list[Reporter] = []
+            for kind, every_fs in ((ThermoRecorder, THERMO_FS), (FrameRecorder, 1000.0 * (stage.frame_ps or 0.0))):
+                if every_fs:
+                    stride = max(1, round(every_fs / integrator.timestep_fs))
+                    common: dict[str, Any] = {"ensemble": _ensemble(stage), "stride": stride, "n_replicas": 1}
+                    recorder = kind(folder / stage.name, topology, **common)
+                    reporters.append(stack.enter_context(closing(recorder)))
+            simulation = Simulation(
+                state,
+                evaluator,
+                integrator=integrator,
+                reporters=reporters,
+                guards=guards(box, system),
+                resume=index == begun,
+                restart_folder=folder / "restart",
+                frame_folder=folder / stage.name,
+                checkpoint_minutes=2.0,
+                stage=f"{box.electrolyte}, {box.temperature_K:g} K, {stage.name}",
+                info={"stage": index},
+            )
+            simulation.run(steps - state.step)
+
+
+def frames(folder: Path, stage: str) -> list[System]:
+    """Return the frames of a stage, molecules whole; the first, where the stage began, is left out."""
+    start = System.from_atoms(read_atoms(folder / "start.extxyz"))
+    path = folder / stage / "traj.h5"
+    if not path.exists():
+        return []
+    trajectory = Trajectory.read(path)
+    if trajectory.cells is None:
+        raise InputError(f"{path}: holds no cells, expected the trajectory of a periodic box.")
+    return [
+        System(start.numbers, positions, cell, pbc=True, molecule=start.molecule)
+        for positions, cell in zip(trajectory.positions[1:], trajectory.cells[1:], strict=True)
+    ]
+
+
+def guards(box: Box, system: System) -> list[Guard]:
+    """Return what stops a run: heat, density, fused atoms, broken molecules."""
+    return [
+        MaximumTemperature(temperature_K=max(box.temperature_K, 298.0)),
+        DensityRange(),
+        MinimumDistance(distance=0.6),
+        IntactMolecules(systems=[system]),
+    ]
+
+
+def accept_settings(folder: Path, settings: dict[str, Any], *, free: Sequence[str] = ()) -> None:
+    """Write the settings into a folder, or refuse them where it was begun with others; keys in ``free`` may change."""
+    path, now = folder / "settings.json", json.loads(json.dumps(settings))
+    if path.exists():
+        old, new = flatten(json.loads(path.read_text())), flatten(now)
+        changed = sorted(
+            k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(tuple(free))
+        )
+        if changed:
+            raise InputError(
+                f"{folder} was begun with other settings ({', '.join(changed)}). Restore them to continue, remove the "
+                "folder, or choose another output."
+            )
+    write_json(path, now)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def stored(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of a JSON file, computing and writing it first where it is absent."""
+    if not path.exists():
+        write_json(path, compute())
+    return dict(json.loads(path.read_text()))
+
+
+def _start(box: Box, folder: Path) -> tuple[System, dict[str, int]]:
+    """Return the packed box and its molecules; what is read is what is used."""
+    realised = realise(parse_composition(box.electrolyte), n_atoms=box.n_atoms)
+    path = folder / "start.extxyz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        density = PACKING_SCALE * min(box.density_g_cm3 or np.inf, realised.density_g_cm3)
+        draft = path.with_suffix(".part")
+        ase.io.write(draft, pack_box(realised.counts, density_g_cm3=density, seed=box.seed).to_atoms(), format="extxyz")
+        os.replace(draft, path)
+    return System.from_atoms(read_atoms(path)), realised.counts
+
+
+def _prepared(box: Box, system: System, evaluator: Evaluator, folder: Path) -> MDState:
+    """Relax, squeeze to the density while warming up, set it exactly; saved as what stages begin from."""
+    state = MDState.from_systems(
+        [system], temperature_K=box.temperature_K, seed=box.seed, exact_temperature=True, device=device_of(evaluator)
+    )
+    minimise(state, evaluator, max_steps=100, force_tolerance=0.3)
+    state.draw_momenta(box.temperature_K)
+    integrator = Langevin(timestep_fs=0.5, temperature_K=box.temperature_K, thermostat_time_fs=50.0)
+    simulation = Simulation(state, evaluator, integrator=integrator, guards=guards(box, system), stage="warm-up")
+    wanted = box.density_g_cm3 or realise(parse_composition(box.electrolyte), n_atoms=box.n_atoms).density_g_cm3
+    squeeze(simulation, wanted)
+    state.scale_volume(float(state.sum_by_replica(state.masses)[0]) / (wanted * GRAM_PER_CM3))
+    state.evaluate(evaluator)
+    simulation.run(WARM_UP_STEPS)
+    restart.save(folder / "restart", state, info={"stage": -1})
+    return state
+
+
+def _timestep_fs(box: Box) -> float:
+    return 1.0 if box.temperature_K < 350.0 else 0.5
+
+
+def _integrator(box: Box, stage: Stage) -> Thermostat:
+    common: dict[str, Any] = {
+        "timestep_fs": _timestep_fs(box), "temperature_K": box.temperature_K, "thermostat_time_fs": DAMPING_FS,
+    }  # fmt: skip
+    if stage.pressure_bar is None:
+        return StochasticVelocityRescaling(**common)
+    return StochasticCellRescaling(**common, pressure_bar=stage.pressure_bar, barostat_time_fs=500.0)
+
+
+def _ensemble(stage: Stage) -> Ensemble:
+    tau = DAMPING_FS * FEMTOSECOND / PICOSECOND
+    if stage.pressure_bar is None:
+        return Ensemble("nvt", thermostat="svr", thermostat_time_ps=tau)
+    return Ensemble(
+        "npt", thermostat="svr", barostat="c-rescale", thermostat_time_ps=tau, pressure_bar=stage.pressure_bar
+    )
+
+
+def locked(folder: Path) -> Any:
+    """Return the lock of a working folder, a context manager."""
+    return RunFolder(folder).locked()

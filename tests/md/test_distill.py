@@ -1,0 +1,140 @@
+"""Distillation of argon: three teachers simulate and label, a student learns their mean; what is done stays done."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import md.distill
+import md.liquid
+from bamboo import checkpoint
+from bamboo.errors import GuardError, InputError
+from bamboo.evaluator import Evaluator
+from bamboo.quantum.dataset import read_frames
+from bamboo.system import Batch
+from md.distill import distill, load_distill_config
+
+TEXT = """
+molecules: {{argon: "[Ar]"}}
+teachers: [{folder}/t0.safetensors, {folder}/t1.safetensors, {folder}/t2.safetensors]
+train: {folder}/train.yaml
+data: [{folder}/clusters.h5]
+output: {folder}/student.safetensors
+electrolytes:
+- {{electrolyte: argon, temperature: 340 K, pressure: 2000 bar}}
+atoms: 24
+npt: 50 fs
+nvt: 200 fs
+frames: 8
+trained: all
+loop: {{epochs: 30, edges_per_batch: 20000, learning_rate: 3.0e-3, weight_decay: 0.0, ema_decay: 0.9}}
+"""
+TRAIN = """
+data: [{folder}/clusters.h5]
+output: {folder}/none.safetensors
+start: {folder}/t0.safetensors
+loop: {{epochs: 1}}
+seed: 7
+"""
+
+
+@pytest.fixture
+def toy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argon_model: Callable[..., Path],
+    argon_clusters: Callable[..., Path],
+) -> Path:
+    monkeypatch.setattr(md.liquid, "guards", lambda *_: [])  # atoms of a gas that meet look like a new bond
+    monkeypatch.setattr(md.liquid, "WARM_UP_STEPS", 50)
+    for seed in range(2):  # the third is trained
+        argon_model(tmp_path / f"t{seed}.safetensors", seed=seed, strength=3.0)
+    argon_clusters(tmp_path / "clusters.h5", tmp_path / "t0.safetensors")
+    (tmp_path / "train.yaml").write_text(TRAIN.format(folder=tmp_path))
+    path = tmp_path / "distill.yaml"
+    path.write_text(TEXT.format(folder=tmp_path))
+    return path
+
+
+def test_student_learns_the_mean_and_a_second_call_repeats_nothing(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    report = distill(load_distill_config(toy), say=said.append)
+    bulk = read_frames(tmp_path / "student" / "bulk.h5")
+    spread = read_frames(tmp_path / "student" / "bulk-spread.h5")
+    assert len(bulk) == len(spread) == 24
+    assert all(frame.trajectory.startswith("argon, 340 K, t") for frame in bulk)  # frames carry their mixture's name
+    assert {frame.split for frame in bulk if ", t2, " in frame.trajectory} == {"test"}
+    assert {frame.split for frame in bulk if ", t2, " not in frame.trajectory} == {"train", "validation"}
+
+    # the forces in the file are the mean of what the teacher files say
+    evaluators = [Evaluator(checkpoint.load(tmp_path / f"t{k}.safetensors")) for k in range(3)]
+    batch = Batch.from_systems([bulk[0].system])
+    forces = np.stack([evaluator.evaluate(batch).forces.numpy() for evaluator in evaluators])
+    assert bulk[0].labels.forces == pytest.approx(forces.mean(0), abs=1e-5)
+    assert spread[0].labels.forces == pytest.approx(forces.std(0, ddof=1), abs=1e-5)
+
+    before, after = report["held_out_before"]["bulk"], report["held_out_after"]["bulk"]
+    assert after["forces"] < 0.7 * before["forces"]
+    assert after["pressure"] < before["pressure"]
+    assert {"bulk", "neutral"} <= set(report["held_out_after"]) and report["guard_trips"] == 0
+    assert any("teacher t2: training with seed 9" in line for line in said)
+    assert "spread of the teachers" in said[-1]
+
+    monkeypatch.setattr(md.distill, "simulate", lambda *_: pytest.fail("simulated again"))
+    monkeypatch.setattr(md.distill, "train_missing", lambda *_, **__: None)
+    assert distill(load_distill_config(toy), say=said.append)["held_out_after"] == report["held_out_after"]
+    with pytest.raises(InputError, match=r"begun with other settings \(frames\)"):
+        distill(load_distill_config(toy).model_copy(update={"frames": 9}), say=said.append)
+
+
+def test_a_teacher_that_fails_leaves_its_frames(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard that stops a run is counted, the frames up to there are labelled; a run without frames is refused."""
+    original, stages = md.distill.simulate, []
+
+    def stops(*arguments: Any) -> None:
+        original(*arguments)
+        stages.append(arguments)
+        raise GuardError("nvt stopped: too hot")
+
+    monkeypatch.setattr(md.distill, "simulate", stops)
+    monkeypatch.setattr(md.distill, "train", lambda *_, **__: {})
+    config = load_distill_config(toy).model_copy(update={"teachers": (tmp_path / "t0.safetensors",) * 1 + (
+        tmp_path / "t1.safetensors", tmp_path / "t1b.safetensors")})  # fmt: skip
+    (tmp_path / "t1b.safetensors").write_bytes((tmp_path / "t1.safetensors").read_bytes())
+    report = distill(config, say=lambda _: None)
+    assert report["guard_trips"] == len(stages) == 3
+    assert {known["frames"] for known in report["runs"].values()} == {8}
+
+    def never(*_: Any) -> None:
+        raise GuardError("npt stopped: too hot")
+
+    monkeypatch.setattr(md.distill, "simulate", never)
+    with pytest.raises(InputError, match=r"liquid-00-t0 \(argon\): t0 gave no frame: npt stopped: too hot"):
+        distill(config.model_copy(update={"output": tmp_path / "other.safetensors"}), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("train: ", "train: /nowhere", "train: .*no such file"),
+        ("/t1.safetensors", "/t0.safetensors", "a second teacher named t0"),
+        (", {folder}/t2.safetensors]", "]", "at least 3 items"),
+        ("electrolyte: argon", "electrolyte: argone", "Unknown solvent 'argone'"),
+        ("temperature: 340 K", "temperature: 340", "has no unit"),
+    ],
+)
+def test_bad_configurations_are_refused(toy: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    folder = {"folder": tmp_path}
+    toy.write_text(toy.read_text().replace(old.format(**folder), new.format(**folder)))
+    with pytest.raises(InputError, match=rf"distill.yaml:\d+: .*{message}"):
+        load_distill_config(toy)
+
+
+def test_a_missing_teacher_needs_a_recipe(toy: Path) -> None:
+    toy.write_text("".join(line for line in toy.read_text().splitlines(keepends=True) if not line.startswith("train:")))
+    with pytest.raises(InputError, match=r"teachers.2: .*no such file, and no `train`"):
+        load_distill_config(toy)
