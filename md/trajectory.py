@@ -74,8 +74,11 @@ class _Writer:
         self._open()
 
     def _open(self) -> None:
-        self._file = h5py.File(self.path, "r+", libver=("v110", "v110"))
-        self._file.swmr_mode = True
+        # single-writer mode from the first moment: a file left between opening and switching cannot be read again
+        access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+        access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+        flags = h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE
+        self._file = h5py.File(h5py.h5f.open(os.fsencode(self.path), flags, fapl=access))
         self._length = len(self._file["step"])
 
     def _create(self, path: Path) -> h5py.File:
@@ -99,7 +102,7 @@ class _Writer:
         if self.path.exists():
             _require_space(self.path, self.path.stat().st_size)
         draft = self.path.with_name(self.path.name + ".part")
-        with _reading(self.path) as old, self._create(draft) as new:
+        with open_file(self.path) as old, self._create(draft) as new:
             for name, text in self._header.items():
                 if old[name][0].decode() != text:
                     raise InputError(f"{self.path} cannot be continued: its {name} differs from that of this run.")
@@ -223,7 +226,7 @@ class Trajectory:
         """Open ``traj.h5``; positions stay in the file until asked for. InputError for a damaged or foreign file."""
 
         def positions(frames: slice) -> Floats:
-            with _reading(path) as file:
+            with open_file(path) as file:
                 block = np.asarray(file["coordinates"][frames], dtype=np.float64) * units.NANOMETRE
             # HDF5 fills with zeros what a damaged file lacks
             present = np.isfinite(block).all(axis=(1, 2)) & block.any(axis=(1, 2))
@@ -231,7 +234,7 @@ class Trajectory:
                 raise InputError(f"{path}: {(~present).sum()} frames hold no positions, or positions not finite.")
             return block
 
-        with _reading(path) as file:
+        with open_file(path) as file:
             columns = [name for name in ("coordinates", "time", "cell_lengths", "cell_angles", "step") if name in file]
             n_frames = _n_complete(file, columns)
             cells = None
@@ -337,7 +340,7 @@ class ThermoSeries:
     @classmethod
     def read(cls, path: Path) -> "ThermoSeries":
         """Read ``thermo.h5``. InputError for a damaged or foreign file."""
-        with _reading(path) as file:
+        with open_file(path) as file:
             n_samples = _n_complete(file, [*THERMO, "time", "step"])
             series = {name: np.asarray(file[name][:n_samples], dtype=np.float64) for name in THERMO}
             time_ps, step = np.asarray(file["time"][:n_samples]), np.asarray(file["step"][:n_samples])
@@ -415,7 +418,7 @@ def _n_complete(file: h5py.File, columns: Mapping[str, Any] | list[str]) -> int:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[h5py.File]:
+def open_file(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file of ours for reading, also while it is written or after its writer was killed."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file.")
