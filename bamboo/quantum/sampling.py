@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from ase.calculators.calculator import CalculationFailed
+from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -40,6 +41,7 @@ VDW_RADII = {1: 1.20, 3: 0.75, 6: 1.70, 7: 1.55, 8: 1.52, 9: 1.47, 15: 1.80, 16:
 FAILURES = (UnconvergedError, CalculationFailed)  # ours, and ASE's from within an optimiser or integrator
 BURN_IN_STEPS = 60
 KEEP_EVERY = 10
+MIN_LITHIUM_DISTANCE = 2.7  # Å; in liquids, where an anion bridges two lithium ions, they come within 2.8
 N_KEPT = (22, 16)  # frames per trajectory of clusters up to 30 atoms, and of larger ones
 
 
@@ -275,7 +277,7 @@ def _pack_liquid(
     """Pack with the widest contacts that fit, so that little relaxation is needed; None where nothing fits."""
     for tolerance_A in (2.3, 2.15, 2.0, 1.85):
         try:
-            return pack_box(
+            box = pack_box(
                 counts,
                 density_g_cm3=density,
                 seed=_seed(generator),
@@ -285,7 +287,15 @@ def _pack_liquid(
             )
         except InputError:
             continue
+        if _closest_lithium(box) > MIN_LITHIUM_DISTANCE:
+            return box
     return None
+
+
+def _closest_lithium(system: System) -> float:
+    """Return the shortest distance between lithium ions [Å]: packing knows no charges and puts them side by side."""
+    atoms = system.to_atoms()[np.flatnonzero(system.numbers == 3)]
+    return float(min(neighbor_list("d", atoms, MIN_LITHIUM_DISTANCE + 1.0), default=np.inf))
 
 
 def _relax_and_shake(
