@@ -9,6 +9,7 @@ Published (2024 checkpoint): the pair energy is shifted by +C6_ij / r_c^6 and cu
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from bamboo.elements import MAX_ATOMIC_NUMBER
 from bamboo.errors import InputError
 
 ROWS = MAX_ATOMIC_NUMBER + 1
+_gauss_legendre = cache(np.polynomial.legendre.leggauss)  # asked at every rebuild of neighbour lists
 
 
 def smooth_step(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,7 @@ class Dispersion(nn.Module):
     def _tail_integrals(self, elements: torch.Tensor) -> torch.Tensor:
         """Return integral 4 pi r^2 (E - E switched) dr [eV Å^3] for each pair of elements, by quadrature in 1/r."""
         cutoff = self.config.cutoff
-        nodes, node_weights = np.polynomial.legendre.leggauss(200)
+        nodes, node_weights = _gauss_legendre(200)
         inverse = torch.as_tensor((nodes + 1.0) / 2.0, device=self.c6.device) / (self.SWITCH_START * cutoff)
         weight = torch.as_tensor(node_weights / 2.0, device=self.c6.device) / (self.SWITCH_START * cutoff)
         distance = (1.0 / inverse)[:, None, None]
