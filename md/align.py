@@ -1,6 +1,7 @@
 """``bamboo-md align config.yaml``: measure the pressure at the experimental density, correct it, measure again.
 
-Each round simulates every liquid at its measured density (NVT), takes the mean pressure with its error bar, and
+Each round simulates every liquid at its measured density (NVT), takes the mean of the molecular pressure, which has the
+mean of the atomic one and a fraction of its noise, with its error bar, and
 fine-tunes the model so that its molecular pressure shifts by P_exp - P_sim (``bamboo/learn/align.py``). It ends when
 every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids that only test
 are simulated with the first and the last model.
@@ -168,7 +169,7 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
         if config.check == "npt":
             stages.append(Stage("npt", config.npt_time / units.PICOSECOND, pressure_bar=target_bar))
         simulate(box, stages, evaluator, folder)
-        tensor = ThermoSeries.read(folder / "sample" / "thermo.h5").pressure
+        tensor = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5").pressure
         pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
         excess_bar = pressure.value - target_bar
         kappa = config.compressibility * units.BAR

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ase.io
 import numpy as np
+import torch
 
 from bamboo.errors import InputError
 from bamboo.structure.packing import pack_box
@@ -33,7 +34,7 @@ from md.harvest import PACKING_SCALE, squeeze
 from md.model import device_of
 from md.recording import FrameRecorder, ThermoRecorder, build_topology
 from md.run_folder import RunFolder, flatten
-from md.topology import Ensemble
+from md.topology import Ensemble, Topology
 from md.trajectory import Trajectory
 
 THERMO_FS = 10.0  # time between records of pressure and density
@@ -87,7 +88,9 @@ def simulate(box: Box, stages: Sequence[Stage], evaluator: Evaluator, folder: Pa
         integrator = _integrator(box, stage)
         with ExitStack() as stack:
             reporters: list[Reporter] = []
-            for kind, every_fs in ((ThermoRecorder, THERMO_FS), (FrameRecorder, 1000.0 * (stage.frame_ps or 0.0))):
+            kinds = ((ThermoRecorder, THERMO_FS), (MolecularRecorder, THERMO_FS),
+                     (FrameRecorder, 1000.0 * (stage.frame_ps or 0.0)))  # fmt: skip
+            for kind, every_fs in kinds:
                 if every_fs:
                     stride = max(1, round(every_fs / integrator.timestep_fs))
                     common: dict[str, Any] = {"ensemble": _ensemble(stage), "stride": stride, "n_replicas": 1}
@@ -107,6 +110,38 @@ def simulate(box: Box, stages: Sequence[Stage], evaluator: Evaluator, folder: Pa
                 info={"stage": index},
             )
             simulation.run(steps - state.step)
+
+
+class MolecularRecorder(ThermoRecorder):
+    """Writes molecular/thermo.h5, whose pressure is that of the molecules as rigid bodies (``as_rigid``)."""
+
+    def __init__(self, folder: Path, topology: Topology, **common: Any) -> None:
+        super().__init__(folder / "molecular", topology, **common)
+
+    def report(self, state: MDState) -> None:
+        super().report(as_rigid(state))
+
+
+def as_rigid(state: MDState) -> MDState:
+    """Return the state as its molecules without inner motion: their momenta, and the virial W - sum F_i (x) a_i.
+
+    a_i is atom i from the centre of mass of its molecule. In equilibrium the pressure has the same mean; but what bonds
+    and inner vibrations do, which cancels only on average, is not in it, so that its noise is a fraction.
+    """
+    molecule = state.batch.molecule
+    if molecule is None:
+        raise InputError("The molecular pressure needs to know the molecules.")
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros((int(molecule.max()) + 1, *values.shape[1:]), dtype=values.dtype, device=values.device)
+        return zeros.index_add_(0, molecule, values)
+
+    masses, positions = state.masses[:, None], state.batch.positions
+    mass = total(masses)
+    arms = positions - (total(masses * positions) / mass)[molecule]
+    turned = state.forces[:, :, None] * arms[:, None, :]
+    inside = state.sum_by_replica(0.5 * (turned + turned.transpose(1, 2)))
+    return replace(state, momenta=masses * (total(state.momenta) / mass)[molecule], virial=state.virial - inside)
 
 
 def frames(folder: Path, stage: str) -> list[System]:

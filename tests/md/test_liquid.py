@@ -1,0 +1,30 @@
+"""The pressure of molecules as rigid bodies, against its definition written out molecule by molecule."""
+
+import numpy as np
+import pytest
+import torch
+
+from bamboo.system import System
+from md.engine.state import MDState
+from md.liquid import as_rigid
+
+
+def test_molecular_pressure_is_that_of_centres_of_mass() -> None:
+    """P V = (sum_m P_m^2 / M_m + sum_m R_m F_m) / 3 for an open set of molecules, whose virial is sum_i r_i F_i."""
+    generator = np.random.default_rng(3)
+    molecule = np.array([0, 0, 0, 1, 1, 2])
+    positions = generator.uniform(0.0, 8.0, size=(6, 3))
+    system = System(np.array([8, 1, 1, 6, 8, 3]), positions, 9.0 * np.eye(3), pbc=True, molecule=molecule)
+    state = MDState.from_systems([system], temperature_K=300.0, seed=1)
+    # forces that turn no molecule keep the virial symmetric: along the arms inside, plus a push on the whole
+    forces = generator.normal(size=(3, 3))[molecule] / state.masses.numpy().mean()
+    state.forces, mass = torch.from_numpy(forces), state.masses.numpy()
+    state.virial = torch.from_numpy((positions.T @ forces)[None])
+    expected = 0.0
+    for m in range(3):
+        inside = molecule == m
+        centre = mass[inside] @ positions[inside] / mass[inside].sum()
+        momentum = state.momenta.numpy()[inside].sum(0)
+        expected += momentum @ momentum / mass[inside].sum() + centre @ forces[inside].sum(0)
+    assert float(as_rigid(state).pressure()[0]) == pytest.approx(expected / 3.0 / 9.0**3, rel=1.0e-10)
+    assert float(state.pressure()[0]) != pytest.approx(expected / 3.0 / 9.0**3, rel=1.0e-2)
