@@ -1,0 +1,166 @@
+"""Density alignment of argon: pressures are measured, corrected in either direction, measured again."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import md.align
+import md.liquid
+from bamboo import checkpoint
+from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
+from md import cli
+from md.align import align, load_align_config
+from md.engine.simulation import Simulation
+
+# kappa such that the pressures of a hot gas are small errors of density
+TEXT = """
+molecules: {{argon: "[Ar]"}}
+model: {folder}/argon.safetensors
+output: {folder}/{name}.safetensors
+data: [{folder}/clusters.h5]
+align:
+- {{electrolyte: argon, temperature: 340 K, pressure: {pressure} bar, density: 0.9 g/cm3, source: a toy}}
+atoms: 24
+equilibrate: 100 fs
+time: 500 fs
+frames: 6
+rounds: {rounds}
+tolerance: {tolerance} g/cm3
+compressibility: 1 1/GPa
+trained: all
+loop: {{epochs: 60, edges_per_batch: 20000, learning_rate: 1.0e-2, weight_decay: 0.0, ema_decay: 0.9}}
+weights: {{molecular_virial: 10.0}}
+"""
+
+
+@pytest.fixture
+def toy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argon_model: Callable[..., Path],
+    argon_clusters: Callable[..., Path],
+) -> Callable[..., Path]:
+    """Return a factory of configuration files, in a folder with a model and quantum data."""
+    monkeypatch.setattr(md.liquid, "guards", lambda *_: [])  # atoms of a gas that meet look like a new bond
+    monkeypatch.setattr(md.liquid, "WARM_UP_STEPS", 50)
+    monkeypatch.setattr("md.experiment.density_problem", lambda _: None)  # argon is in no table
+    argon_clusters(tmp_path / "clusters.h5", argon_model(tmp_path / "argon.safetensors"))
+
+    def make(**options: Any) -> Path:
+        values = {"folder": tmp_path, "name": "out", "pressure": 500, "rounds": 1, "tolerance": 0.02} | options
+        path = tmp_path / "align.yaml"
+        path.write_text(TEXT.format(**values))
+        return path
+
+    return make
+
+
+def test_alignment_shrinks_the_density_error_in_both_directions(toy: Any, tmp_path: Path) -> None:
+    """Up to 3000 bar and from there down to 1500: an error of more than 0.15 g/cm3 falls by 40 % or more, each time.
+
+    A gas cannot be aligned to less than no pressure, so the way down starts from the model that was aligned upwards.
+    """
+    said: list[str] = []
+    up = load_align_config(toy(name="up", pressure=3000, tolerance=0.13, rounds=2))
+    down = load_align_config(toy(name="down", pressure=1500, tolerance=0.13, rounds=2))
+    for config, sign in ((up, 1.0), (down.model_copy(update={"model": str(up.output)}), -1.0)):
+        report = align(config, say=said.append)
+        before, after = (report["aligned"][moment][0]["density_error"] for moment in ("before", "after"))
+        assert sign * before > 0.15 and report["rounds"] >= 1  # too dense where the pressure is too low
+        assert abs(after) < 0.6 * abs(before)
+        card = checkpoint.describe(config.output)["card"]
+        assert card["alignment"]["aligned"]["before"][0]["density_error"] == before
+        assert card["alignment"]["sources"] == {"argon, 340 K": "a toy"} and card["levels"] == ["toy"]
+        errors = report["held_out_force_rmse_eV_A"]
+        assert errors["after"]["all"] < errors["before"]["all"] + 0.3  # a large shift for so weak forces
+        folder = config.output.with_suffix("")
+        assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert "estimated with kappa = 1 1/GPa" in "\n".join(said)
+
+
+def test_a_liquid_within_the_tolerance_leaves_the_weights_bit_for_bit(toy: Any, tmp_path: Path) -> None:
+    config = load_align_config(toy(tolerance=0.2))
+    assert align(config, say=lambda _: None)["rounds"] == 0
+    parent, child = (checkpoint.load(tmp_path / f"{name}.safetensors").state_dict() for name in ("argon", "out"))
+    assert all(torch.equal(value, child[name]) for name, value in parent.items())
+
+
+def test_rounds_that_do_not_converge_fail_with_the_table(toy: Any) -> None:
+    config = load_align_config(toy(pressure=3000, tolerance=1e-6, rounds=1))
+    with pytest.raises(ConvergenceError, match=r"(?s)1 rounds did not bring .* by round: 0\.\d+, 0\.\d+.*argon, 340 K"):
+        align(config, say=lambda _: None)
+
+
+def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped inside the second simulation by a signal, continued: the same numbers as never stopped."""
+    whole = align(load_align_config(toy(name="whole", pressure=3000, tolerance=0.2)), say=lambda _: None)
+    path, original, steps = toy(name="parts", pressure=3000, tolerance=0.2), Simulation._step, 0
+
+    def step(self: Simulation) -> None:
+        nonlocal steps
+        original(self)
+        steps += self.restart_folder is not None  # not in the warm-up, which is not kept
+        if steps == 950:  # of 600 per simulation
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Simulation, "_step", step)
+    with pytest.raises(CheckpointedStop):
+        align(load_align_config(path), say=lambda _: None)
+    monkeypatch.setattr(Simulation, "_step", original)
+    parts = align(load_align_config(path), say=lambda _: None)
+    for moment in ("before", "after"):
+        assert parts["aligned"][moment] == whole["aligned"][moment]
+    simulated: list[str] = []
+    monkeypatch.setattr(md.align, "simulate", lambda *_: simulated.append("again"))
+    align(load_align_config(path), say=lambda _: None)
+    assert not simulated  # all was done before
+    with pytest.raises(InputError, match=r"begun with other settings \(atoms\)"):
+        align(load_align_config(path).model_copy(update={"atoms": 30}), say=lambda _: None)
+
+
+def test_a_pressure_beyond_sense_is_an_error_of_input(toy: Any) -> None:
+    config = load_align_config(toy(pressure=60000))
+    with pytest.raises(InputError, match="either the measured density is wrong, or the model is broken"):
+        align(config, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("electrolyte: argon", "electrolyte: argone", "unknown|Unknown solvent 'argone'"),
+        ("temperature: 340 K", "temperature: -3 K", "out of range"),
+        ("align:\n", "table: nowhere.yaml\nalign:\n", "give either `align`"),
+        ("frames: 6", "frame: 6", "Did you mean 'frames'"),
+        ("source: a toy}", "source: a toy, use: test}", "its `use` is not align"),
+    ],
+)
+def test_bad_configurations_are_refused(toy: Any, old: str, new: str, message: str) -> None:
+    path = toy()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=rf"align.yaml:\d+: .*({message})"):
+        load_align_config(path)
+
+
+def test_densities_far_from_the_liquid_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "align.yaml"
+    path.write_text(
+        "model: default\noutput: a.safetensors\ndata: [d.h5]\nalign:\n"
+        "- {electrolyte: DMC, temperature: 298 K, density: 1.6 g/cm3, source: typo}\n"
+    )
+    with pytest.raises(InputError, match=r"align.yaml:5: align.0.density: 1.6 g/cm3 is \+50% off"):
+        load_align_config(path)
+
+
+@pytest.mark.parametrize("command", ["align", "distill"])
+def test_commands_report_bad_input_with_code_2(tmp_path: Path, command: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("outputs: here\n")
+    result = CliRunner().invoke(cli.app, [command, str(path)])
+    assert result.exit_code == 2 and "unknown key 'outputs'. Did you mean 'output'?" in result.stderr
