@@ -106,7 +106,7 @@ class Rows:
     def fill(self, batch: Batch, reach: torch.Tensor) -> bool:
         """Find the neighbours anew; return whether the tensors had to move to larger ones."""
         i, j, shift = find_pairs(batch, reach)
-        moved = len(j) > self.capacity
+        moved = len(j) >= self.capacity  # the first time also where no atom has a neighbour
         if moved:
             capacity = int(SPARE * len(j)) + 1
             self.index = self.index.new_zeros(capacity)
