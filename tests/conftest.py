@@ -1,11 +1,17 @@
 """Fixtures for all tests: seeded random structures and force fields in which every term matters."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+# Triton reads it when it is first imported, and several libraries import it: here, before any test module is
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ELEMENTS = ("H", "Li", "B", "C", "N", "O", "F", "Na", "P", "S", "Cl")
 TERMS = ("network", "electrostatic", "electronegativity", "dispersion", "repulsion", "all")
@@ -81,8 +87,6 @@ def make_force_field() -> Callable[..., Any]:
     def make(
         term: str = "all", *, seed: int = 0, charge_response: str = "full", attention: str = "get", **options: Any
     ) -> Any:
-        import torch
-
         from bamboo.elements import numbers_of
         from bamboo.forcefield import ForceField, ForceFieldConfig
         from bamboo.nn.get import NetworkConfig

@@ -1,7 +1,12 @@
-"""What every engine and every term is asked: ``evaluate`` one or several systems, compare two outputs."""
+"""What every engine and every term is asked: ``evaluate`` one or several systems, compare two outputs.
 
-import inspect
+Triton's kernels run on a GPU, or without one in Triton's interpreter, half a second for an evaluation: the Triton
+engine is asked about the field of all terms, and not about one term at a time as well.
+"""
+
 from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,42 +14,51 @@ import pytest
 
 from bamboo.evaluator import Evaluator
 from bamboo.forcefield import ForceField, ForceFieldOutput
+from bamboo.kernels.engines import ENGINES, native_status, triton_status
 from bamboo.system import Batch, System
 
 
-def _engine_names() -> list[str]:
-    """Return the engines of this installation; before there is a choice, the one there is."""
-    if "engine" not in inspect.signature(Evaluator).parameters:
-        return ["reference"]
-    from bamboo.kernels.engines import ENGINES
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the single terms where the engine is Triton's."""
 
-    # without a GPU Triton is interpreted, seconds for an evaluation: test_triton.py holds it to the reference
-    return [name for name in ENGINES if name not in ("auto", "triton")]
+    def single_term(item: pytest.Item) -> bool:
+        choices = item.callspec.params if hasattr(item, "callspec") else {}
+        return choices.get("engine") == "triton" and choices.get("term", "all") != "all"
+
+    left_out = [item for item in items if Path(__file__).parent in item.path.parents and single_term(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture(params=_engine_names())
+@pytest.fixture(params=[name for name in ENGINES if name != "auto"])
 def engine(request: pytest.FixtureRequest) -> str:
     """Name of the engine under test."""
-    if request.param == "native":
-        from bamboo.kernels.engines import native_status
-
-        if reason := native_status():
-            pytest.skip(reason)
+    status = {"reference": "", "native": native_status(), "triton": triton_status(_device(request.param))}
+    if reason := status[request.param]:
+        pytest.skip(f"the engine {request.param} cannot be tested: {reason}")
     return request.param
+
+
+def _device(engine: str) -> str:
+    """Return where the engine is tested; tests/conftest.py asks for Triton's interpreter where there is no GPU."""
+    return "cuda" if engine == "triton" and not triton_status("cuda") else "cpu"
 
 
 @pytest.fixture
 def engine_options(engine: str) -> dict[str, Any]:
     """Arguments of ``Evaluator`` that choose the engine under test."""
-    return {"engine": engine} if "engine" in inspect.signature(Evaluator).parameters else {}
+    return {"engine": engine, "device": _device(engine)}
 
 
 @pytest.fixture
 def evaluate(engine_options: dict[str, Any]) -> Callable[..., ForceFieldOutput]:
-    """Return ``evaluate(force_field, *systems)``, a fresh evaluation by the engine under test."""
+    """Return ``evaluate(force_field, *systems)``, a fresh evaluation by the engine under test; results on the CPU."""
 
     def run(force_field: ForceField, *systems: System) -> ForceFieldOutput:
-        return Evaluator(force_field, skin=0.0, **engine_options).evaluate(Batch.from_systems(systems))
+        output = Evaluator(force_field, skin=0.0, **engine_options).evaluate(Batch.from_systems(systems))
+        tensors = {item.name: getattr(output, item.name) for item in fields(output) if item.name != "terms"}
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return replace(output, **on_cpu, terms={name: term.cpu() for name, term in output.terms.items()})
 
     return run
 

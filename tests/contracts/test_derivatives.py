@@ -110,7 +110,7 @@ def test_frozen_leaves_out_the_charge_response_alone(evaluate, make_force_field,
     full, frozen = evaluate(full_field, system), evaluate(frozen_field, system)
     assert torch.equal(full.energy, frozen.energy)
     assert torch.equal(full.charges, frozen.charges)
-    slope = _slope_in_charges(full_field, system, full.charges)
+    slope = _slope_in_charges(full_field.cpu(), system, full.charges)
     directions = directions_of(system)
     for index, (displacement, strain) in enumerate(directions):
         copies = [strained(system, k * STEP * displacement, k * STEP * strain) for k, _ in STENCIL]

@@ -12,9 +12,9 @@ KINDS = {"cluster": 1.0, "charged box": -1.0, "box": 0.0}
 
 
 @pytest.fixture
-def batch(make_cluster, make_box):
+def batch(make_cluster, make_box, engine_options):
     systems = [make_cluster(1, total_charge=1.0), make_box(1, total_charge=-1.0), make_box(2), make_cluster(2)]
-    return Batch.from_systems(systems)
+    return Batch.from_systems(systems).to(engine_options["device"])
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def evaluator(make_force_field, engine_options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_charges_sum_to_the_total_charge(evaluator, batch, dtype, charge_response):
     charges = evaluator(dtype, charge_response=charge_response).evaluate(batch).charges
-    sums = torch.zeros(4, dtype=torch.float64).index_add(0, batch.system_index, charges)
+    sums = batch.positions.new_zeros(4).index_add(0, batch.system_index, charges)
     assert float((sums - batch.total_charge).abs().max()) < 1e-12
     assert float(charges.abs().max()) > 0.2
 
@@ -95,5 +95,5 @@ def test_works_where_gradients_are_switched_off(evaluator, batch):
 def test_dipole_is_the_first_moment_of_the_charges(evaluator, batch):
     output = evaluator().evaluate(batch)
     moment = output.charges[:, None] * batch.positions
-    expected = torch.zeros(4, 3, dtype=torch.float64).index_add(0, batch.system_index, moment)
+    expected = batch.positions.new_zeros(4, 3).index_add(0, batch.system_index, moment)
     assert torch.allclose(output.dipole, expected, rtol=0, atol=1e-10)

@@ -117,7 +117,7 @@ def test_supercell(evaluate, make_force_field, make_box, term, times, engine):
     field, box = make_force_field(term), make_box(5)
     one, many = evaluate(field, box), evaluate(field, repeated(box, times))
     n = int(np.prod(times))
-    # the reference doubles its mesh with the cell, the native engine takes the next handy size
+    # the reference doubles its mesh with the cell, the other engines take the next handy size
     tolerance = EXACT if engine == "reference" or term not in CHARGED else 1e-5
     assert_alive(one, term)
     assert_close(many.energy / n, one.energy, tolerance=tolerance)

@@ -1,4 +1,4 @@
-"""The Triton engine against the reference: interpreted on a CPU, or on a GPU with TRITON_INTERPRET=0.
+"""The Triton engine against the reference: on a GPU, or interpreted on a CPU (tests/conftest.py).
 
 An evaluation in the interpreter takes seconds whatever the number of atoms: few evaluations, of batches that hold all.
 """
@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 pytest.importorskip("triton", reason="Triton is not installed: pip install bamboo-md[gpu]")
 
 from bamboo import units
@@ -169,7 +168,7 @@ def test_changed_parameters_are_noticed_and_overlaps_named(make_force_field, mak
         evaluator.evaluate(Batch.from_systems([broken]))
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device and TRITON_INTERPRET=0")
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device, and no interpreter")
 @pytest.mark.gpu
 def test_replayed_graph_follows_the_atoms(make_force_field, make_box):
     """The captured graph is replayed, not captured again, and gives what a new one gives."""
