@@ -191,9 +191,9 @@ def new_force_field(network: NetworkConfig, frames: Sequence[Frame], *, fixed_te
     fixed_terms  whether it has dispersion (with the D3 table) and repulsion
     """
     force_field = ForceField(ForceFieldConfig(network=network, repulsion=fixed_terms))
-    if fixed_terms:
-        fill_d3_table(force_field.dispersion)
     fit_references(force_field, frames)
+    if fixed_terms:
+        fill_d3_table(force_field.dispersion, elements=force_field.elements)
     return force_field.train()
 
 

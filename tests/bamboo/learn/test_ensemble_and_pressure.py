@@ -59,7 +59,7 @@ def test_molecular_pressure_is_the_derivative_by_the_volume_of_rigid_molecules(m
 
 
 def test_own_predictions_leave_only_the_shift_in_the_loss(make_force_field: Any) -> None:
-    """At the start every part of the loss is zero but that of the pressure: H(V s / sqrt(n)) on a third of the tensor."""
+    """At the start every part of the loss is zero but that of the pressure: H(V s / sqrt(n)) on a third of a tensor."""
     force_field, system = make_force_field("network"), water_box()
     data = Stack.from_data_list([anchored(force_field, system, SHIFT)])
     batch, neighbors = unpack(data)

@@ -21,6 +21,7 @@ from bamboo.learn.fit import (
     WeightsBlock,
     _log,
     _pooled,
+    new_force_field,
     prepare_force_field,
     train,
 )
@@ -399,3 +400,13 @@ def test_dispersion_comes_on_top_of_levels_that_contain_none() -> None:
     dispersion = force_field(batch, neighbors).terms["dispersion"]
     assert abs(float(dispersion)) > 1.0e-4
     assert float(with_.energy - without.energy) == pytest.approx(-float(dispersion), rel=1.0e-9)
+
+
+def test_elements_without_dispersion_coefficients_are_refused() -> None:
+    """An element that the table lacks would silently not attract."""
+    frame = spring_frame(1, lithium=False)
+    strange = replace(frame, system=replace(frame.system, numbers=np.array([54, 1, 1])))
+    network = NetworkConfig(channels=16, heads=4, n_radial=8)
+    with pytest.raises(InputError, match="but not Xe"):
+        new_force_field(network, [strange])
+    assert new_force_field(network, [strange], fixed_terms=False).elements == ["H", "Xe"]
