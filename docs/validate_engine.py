@@ -85,7 +85,7 @@ def kills(number: int, *, seed: int = 1) -> list[Row]:
     """Kill runs of the shipped model at random moments, start them again until they end, compare with one undisturbed.
 
     Four in five by SIGKILL, the rest by SIGTERM, after which the process leaves with a checkpoint and exit code
-    75; outside dynamics (packing, analysis) SIGTERM kills, and counts as such.
+    75; outside dynamics (packing, analysis) SIGTERM kills, and counts as such. It forks: call it where no threads run.
     """
     generator = random.Random(seed)
     model = load_model(RunConfig(electrolyte="DMC"))  # once, not in every child
