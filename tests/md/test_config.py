@@ -309,7 +309,7 @@ def test_the_default_protocol_can_be_written_and_read(tmp_path: Path) -> None:
 
 
 def test_the_shipped_example_is_valid_and_short() -> None:
-    """At 0.7 ms per atom and step, the slowest engine on two cores, its dynamics stay within ten minutes."""
+    """At 20 us per atom and step, twice what the native engine takes on two cores, it stays within ten minutes."""
     config = load_config(Path(__file__).parents[2] / "examples/electrolyte.yaml")
     steps = sum(stage.steps if stage.kind == "minimise" else n_steps(stage) for stage in config.stages)
-    assert steps * config.build.atoms * 0.7e-3 < 600.0
+    assert steps * config.build.atoms * 20.0e-6 < 600.0
