@@ -12,7 +12,8 @@ import bamboo
 from bamboo import checkpoint
 from bamboo.kernels.engines import native_status, triton_status
 
-REQUIRED = ("torch", "numpy", "scipy", "ase", "h5py", "vesin", "torch-pme", "packmol", "rdkit", "stacie", "mdtraj")
+REQUIRED = ("torch", "numpy", "scipy", "ase", "h5py", "vesin", "torch-pme", "packmol", "rdkit", "stacie", "mdtraj",
+            "psutil")  # fmt: skip
 EXTRAS = {"qm": ("tblite", "pyscf", "dftd3"), "gpu": ("triton",)}
 
 

@@ -105,7 +105,7 @@ def test_validation_records_what_stops_and_raises_what_the_user_got_wrong(monkey
 def test_large_boxes_are_cut_into_different_clusters_of_both_sizes() -> None:
     counts = {"Li": 3, "PF6": 3, "EC": 12, "DMC": 14}
     system = pack_box(counts, density_g_cm3=1.1, seed=1)
-    config = HarvestConfig(large_per_snapshot=2, small_per_snapshot=12)
+    config = HarvestConfig(large_per_snapshot=2, small_per_snapshot=60)  # more than there are different ones
     cut = md.harvest._structures(system, config, molecule_names(counts), np.random.default_rng(0))
     kinds = [atoms.info["kind"] for atoms in cut]
     assert kinds.count("large") == 2 and len(cut) > 8 and {"lithium", "neutral"} & set(kinds)
