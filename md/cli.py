@@ -183,17 +183,10 @@ def evidence(
     labels: Annotated[list[Path], typer.Option(help="HDF5 files of labelled probes; the first is the reference.")],
     figure: Annotated[Path, typer.Option(help="Picture to write.")] = Path("evidence.png"),
 ) -> None:
-    """Compare models with quantum chemistry: binding curves, solvation shells, rotations (see `data probes`)."""
-    from bamboo.checkpoint import load
-    from bamboo.learn.evidence import curves, energies_of_labels, energies_of_model, evidence_table, plot
-    from bamboo.quantum.dataset import read_frames
+    """Compare models with quantum chemistry: binding curves, shells, rotations, dipoles (see `data probes`)."""
+    from bamboo.learn.evidence import compare
 
-    probes = {path: read_frames(path) for path in labels}
-    names = {path: frames[0].labels.level if frames else str(path) for path, frames in probes.items()}
-    sources = {names[path]: curves(energies_of_labels(frames)) for path, frames in probes.items()}
-    sources |= {model: curves(energies_of_model(load(model), probes[labels[0]])) for model in models}
-    print(evidence_table(sources, names[labels[0]]))
-    plot(sources, figure)
+    print(compare(models, labels, figure=figure))
     print(f"wrote {figure}")
 
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from bamboo.errors import InputError
-from bamboo.learn.evidence import curves, energies_of_labels, evidence_table, plot
+from bamboo.learn.evidence import answers_of_labels, answers_of_model, charge_table, curve_table, curves, plot
+from bamboo.neighbors import find_neighbors
 from bamboo.quantum.dataset import Frame
+from bamboo.quantum.esp import potential_points
 from bamboo.quantum.labels import Labels
-from bamboo.system import System
-from bamboo.units import KCAL_PER_MOL
+from bamboo.system import Batch, System
+from bamboo.units import DEBYE, KCAL_PER_MOL
 
 ENERGIES = {
     "monomer:EC/0": -10.0, "monomer:Li/0": -1.0,
@@ -25,7 +27,7 @@ def frame(name: str, energy: float) -> Frame:
 
 
 def test_curves_are_differences_from_parts() -> None:
-    found = curves(energies_of_labels([frame(name, energy) for name, energy in ENERGIES.items()]))
+    found = curves(answers_of_labels([frame(name, energy) for name, energy in ENERGIES.items()]))
     assert set(found) == {"pair:EC+Li:straight", "shell:Li+EC", "rotation:DMC"}
     pair = found["pair:EC+Li:straight"]
     assert list(pair) == [1.5, 2.0] and pair[2.0] * KCAL_PER_MOL == pytest.approx(-1.0)
@@ -35,12 +37,43 @@ def test_curves_are_differences_from_parts() -> None:
 
 
 def test_table_and_picture(tmp_path) -> None:
-    truth = {"pair:EC+Li:straight": {1.5: -40.0, 2.0: -50.0}}
-    model = {"pair:EC+Li:straight": {1.5: -37.0, 2.0: -54.0}}
+    truth = {"pair:EC+Li:straight": {1.5: -40.0, 1.7: -45.0, 2.0: -50.0}, "pair:EC+EC:stacked": {2.2: 9.0, 2.4: -1.0}}
+    model = {"pair:EC+Li:straight": {1.5: 0.0, 1.7: -42.0, 2.0: -54.0}, "pair:EC+EC:stacked": {2.2: 0.0, 2.4: -1.5}}
     sources = {"DFT": truth, "model": model, "other": {}}
-    line = evidence_table(sources, "DFT").splitlines()[1].split()
-    assert line == ["pair:EC+Li:straight", "2", "-50.0", "3.54", "-0.50", "-"]  # sqrt((9 + 16) / 2), (3 - 4) / 2
+    lithium, solvents = [line.split() for line in curve_table(sources, "DFT").splitlines()[1:3]]
+    # walls are not compared; sqrt((3^2 + 4^2) / 2), the larger of +3 and -4
+    assert lithium == ["pair:EC+Li:straight", "2", "-50.0", "3.54", "-4.00", "-"]
+    assert solvents == ["pair:EC+EC:stacked", "1", "-1.0", "0.50", "-0.50", "-"]
     plot(sources, tmp_path / "new" / "curves.png")
     assert (tmp_path / "new" / "curves.png").stat().st_size > 5000
     with pytest.raises(InputError, match="'MP2' is not among DFT, model, other"):
-        evidence_table(sources, "MP2")
+        curve_table(sources, "MP2")
+
+
+def test_charges_are_judged_by_dipole_and_potential() -> None:
+    system = System(np.array([3, 9]), np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.6]]), np.zeros((3, 3)), False, 0.0)
+    z = np.array([0.0, 0.0, 1.0])
+
+    def labels(charge: float) -> Labels:
+        charges = charge * np.array([1.0, -1.0])
+        return Labels("test", -1.0, charges=charges, dipole=-1.6 * charge * z)
+
+    sources = {"DFT": {"pair:Li+F:x/1.60": labels(1.0)}, "model": {"pair:Li+F:x/1.60": labels(0.9)}}
+    row = charge_table(sources, {"pair:Li+F:x/1.60": system}, reference="DFT").splitlines()[1].split()
+    assert row[:4] == ["pair:Li+F:x", "1", f"{0.16 / DEBYE:.2f}", "0.10"]
+    points = potential_points(system.numbers, system.positions)
+    first, second = (np.linalg.norm(points - position, axis=1) for position in system.positions)
+    expected = 332.06371 * 0.1 * np.sqrt(np.mean((1.0 / first - 1.0 / second) ** 2))  # kcal Å / (mol e^2)
+    assert float(row[4]) == pytest.approx(expected, abs=0.006)
+
+
+def test_model_answers_like_its_force_field(make_force_field, make_cluster) -> None:
+    force_field, system = make_force_field(), make_cluster(3)
+    probe = Frame(system, Labels("test", 0.0), "lithium", "scan", "monomer:X/0/00001")
+    found = answers_of_model(force_field, [probe], name="mine")["monomer:X/0"]
+    batch = Batch.from_systems([system])
+    config = force_field.config
+    expected = force_field(batch, find_neighbors(batch, config.network.cutoff, config.dispersion.cutoff))
+    assert found.level == "mine" and found.energy == pytest.approx(float(expected.energy), abs=1e-8)
+    assert found.charges == pytest.approx(expected.charges.numpy()) and found.charges.sum() == pytest.approx(1.0)
+    assert found.dipole == pytest.approx(expected.dipole[0].numpy())
