@@ -120,11 +120,15 @@ class NVT(_Dynamics):
 
 
 class NPT(_Dynamics):
-    """Constant pressure: stochastic cell and velocity rescaling, or Martyna-Tobias-Klein (for equilibrated boxes)."""
+    """Constant pressure: stochastic cell and velocity rescaling, or Martyna-Tobias-Klein (for equilibrated boxes).
+
+    coupling  anisotropic, with mtk: each box length follows the pressure along it; for solids, not for liquids
+    """
 
     kind: Literal["npt"]
     pressure: Pressure | None = None
     barostat: Literal["c-rescale", "mtk"] = "c-rescale"
+    coupling: Literal["isotropic", "anisotropic"] = "isotropic"
     damping: Damping = 0.1 * units.PICOSECOND
     barostat_damping: Damping = units.PICOSECOND
 
@@ -256,6 +260,8 @@ def _cross_checks(config: RunConfig) -> list[tuple[Key, str]]:
             problems.append((("stages", index, "volume"), "the mean volume needs an npt stage before this one."))
         if not isinstance(stage, Minimise) and stage.time < stage.timestep:
             problems.append((("stages", index, "time"), "shorter than one timestep."))
+        if isinstance(stage, NPT) and stage.coupling == "anisotropic" and stage.barostat != "mtk":
+            problems.append((("stages", index, "coupling"), "anisotropic coupling needs `barostat: mtk`."))
         seen_npt = seen_npt or isinstance(stage, NPT)
     low, high = config.guards.density
     if low >= high:

@@ -26,7 +26,6 @@ THERMOSTATS: dict[str, type[Thermostat]] = {
     "nhc": NoseHooverChain,
     "langevin": Langevin,
 }
-BAROSTATS: dict[str, type[Thermostat]] = {"c-rescale": StochasticCellRescaling, "mtk": MartynaTobiasKlein}
 PACKING_FRACTION = 0.85  # of the estimated density: Packmol succeeds and no molecules interlock
 WARM_UP_START_K = 50.0
 TRANSPORT = {"viscosity", "conductivity", "diffusion"}
@@ -101,7 +100,9 @@ def integrator(stage: Dynamics, *, temperature_K: float, pressure: float) -> Int
     if isinstance(stage, NPT):
         target = stage.pressure if stage.pressure is not None else pressure
         common |= {"pressure_bar": target / BAR, "barostat_time_fs": stage.barostat_damping / FEMTOSECOND}
-        return BAROSTATS[stage.barostat](**common)
+        if stage.barostat == "mtk":
+            return MartynaTobiasKlein(**common, coupling=stage.coupling)
+        return StochasticCellRescaling(**common)
     return THERMOSTATS[stage.thermostat](**common)
 
 

@@ -1,4 +1,4 @@
-"""Integrators of constant pressure, isotropic: all atoms and the cell scale together.
+"""Integrators of constant pressure: all atoms and the cell scale together.
 
 Both hold the centre of mass fixed and sample p(V) proportional to V^(N-1) exp(-PV/kT) Z(V), where Z(V) is the
 configurational integral in scaled coordinates: an ideal gas has <V> = N kT/P and variance N (kT/P)^2. The textbook
@@ -8,6 +8,7 @@ volume by the fraction kT/(B V), below 1e-3 for 300 atoms.
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Literal
 
 import torch
 
@@ -71,25 +72,48 @@ class StochasticCellRescaling(StochasticThermostat):
 
 @dataclass(frozen=True, kw_only=True)
 class MartynaTobiasKlein(Thermostat):
-    """NPT by the isotropic Martyna-Tobias-Klein equations with Nose-Hoover chains on particles and cell.
+    """NPT by the Martyna-Tobias-Klein equations with Nose-Hoover chains on particles and cell.
 
-    dr/dt = p/m + v r;  dp/dt = F - (1 + 3/N_f) v p;  dV/dt = 3 V v;  W dv/dt = (1 + 3/N_f) 2K + trace(virial) - 3 P V,
-    W = (N_f + 3) kT tau^2, tau the barostat time; split as O V (scale B scale)(scale A scale) F (scale B scale) V O
-    after Tuckerman et al., J. Phys. A 39, 5629 (2006). Deterministic and time-reversible; the volume oscillates, so
-    start from an equilibrated box. Conserves, while the target does not ramp, K + U + P V + W v^2/2 + both chains.
+    With the rates v_a = d ln(L_a)/dt of the three box lengths and w = (v_x + v_y + v_z)/N_f,
+
+        dr_a/dt = p_a/m + v_a r_a;  dp_a/dt = F_a - (v_a + w) p_a;  dL_a/dt = v_a L_a;  W dv_a/dt = G_a,
+        G_a = sum p_a^2/m + virial_aa + 2K/N_f - P V,  W = (N_f + 3) kT tau^2/3, tau the barostat time,
+
+    split as O V (scale B scale)(scale A scale) F (scale B scale) V O after Tuckerman et al., J. Phys. A 39, 5629
+    (2006). Isotropic coupling ties the rates together: one v, driven by the sum of G_a with the sum of the masses W.
+    Deterministic and time-reversible; the volume oscillates, so start from an equilibrated box. Conserves, while the
+    target does not ramp, K + U + P V + sum W v^2/2 + both chains.
+
+    coupling  "isotropic" or "anisotropic": the lengths of an orthorhombic box each follow their own pressure, its
+              angles stay; samples V^(N-1) exp(-PV/kT) Z dL_x dL_y dL_z. For solids and interfaces: nothing holds the
+              shape of a liquid, which wanders.
     """
 
     pressure_bar: float
     barostat_time_fs: float = 1000.0
+    coupling: Literal["isotropic", "anisotropic"] = "isotropic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coupling not in ("isotropic", "anisotropic"):
+            raise InputError(f"MartynaTobiasKlein: coupling is {self.coupling!r}, expected isotropic or anisotropic.")
 
     def start(self, state: MDState, evaluator: Evaluator) -> None:
         require_boxes(state)
+        cell = state.batch.cell
+        if self.coupling == "anisotropic" and bool((cell != torch.diag_embed(cell.diagonal(dim1=1, dim2=2))).any()):
+            raise InputError("Anisotropic coupling needs orthorhombic boxes, with a, b, c along x, y, z.")
         super().start(state, evaluator)
+
+    @property
+    def n_rates(self) -> int:
+        """Number of rates that move on their own: one, or three."""
+        return 1 if self.coupling == "isotropic" else 3
 
     def initial_variables(self, state: MDState) -> dict[str, torch.Tensor]:
         chain = torch.zeros((state.n_replicas, CHAIN_LENGTH), dtype=torch.float64, device=state.device)
         return {
-            "strain_rate": torch.zeros(state.n_replicas, dtype=torch.float64, device=state.device),
+            "strain_rate": torch.zeros((state.n_replicas, self.n_rates), dtype=torch.float64, device=state.device),
             "chain_position": chain,
             "chain_velocity": chain.clone(),
             "cell_chain_position": chain.clone(),
@@ -112,17 +136,22 @@ class MartynaTobiasKlein(Thermostat):
 
     def kick(self, state: MDState, duration: float) -> None:
         """Kick by the forces between two halves of the drag of the moving cell."""
-        drag = torch.exp(-(1.0 + 3.0 / state.degrees_of_freedom) * state.variables["strain_rate"] * duration / 2)
+        rate = state.variables["strain_rate"]
+        common = 3.0 * rate.mean(dim=1, keepdim=True) / state.degrees_of_freedom[:, None]
+        drag = torch.exp(-(rate + common) * duration / 2)
         state.scale_momenta(drag)
         state.kick(duration)
         state.scale_momenta(drag)
 
     def accelerate_cell(self, state: MDState, duration: float) -> None:
-        """V: v <- v + t/W times the generalised force on the logarithm of the box length."""
-        kinetic = (1.0 + 3.0 / state.degrees_of_freedom) * 2.0 * state.kinetic_energy()
-        force = kinetic + trace(state.virial) - 3.0 * self.pressure_bar * BAR * state.volume
+        """V: v <- v + t/W times the generalised force on the logarithms of the box lengths."""
+        volume = state.volume
+        share = 2.0 * state.kinetic_energy() / state.degrees_of_freedom - self.pressure_bar * BAR * volume
+        force = state.pressure_tensor().diagonal(dim1=1, dim2=2) * volume[:, None] + share[:, None]
+        if self.coupling == "isotropic":
+            force = force.sum(dim=1, keepdim=True)
         rate = state.variables["strain_rate"]
-        state.variables["strain_rate"] = rate + force / self.cell_mass(state) * duration
+        state.variables["strain_rate"] = rate + force / self.cell_mass(state)[:, None] * duration
 
     def baths(self, state: MDState, duration: float) -> None:
         """O: both chains act, each on its own kinetic energy."""
@@ -135,21 +164,23 @@ class MartynaTobiasKlein(Thermostat):
         scale, v["cell_chain_position"], v["cell_chain_velocity"] = cell.propagate(
             self.cell_kinetic(state), v["cell_chain_position"], v["cell_chain_velocity"], duration
         )
-        v["strain_rate"] = v["strain_rate"] * scale
+        v["strain_rate"] = v["strain_rate"] * scale[:, None]
 
     def chains(self, state: MDState) -> tuple[Chain, Chain]:
         """Return the chain of the particles and that of the cell."""
         kT = BOLTZMANN * self.target_K(state.time)
         freedom = state.degrees_of_freedom
-        cell = Chain(kT, self.barostat_time_fs * FEMTOSECOND, torch.ones_like(freedom))
+        cell = Chain(kT, self.barostat_time_fs * FEMTOSECOND, torch.full_like(freedom, self.n_rates))
         return Chain(kT, self.thermostat_time, freedom), cell
 
     def cell_mass(self, state: MDState) -> torch.Tensor:
+        """Mass of each rate, (R,)."""
         kT = BOLTZMANN * self.target_K(state.time)
-        return (state.degrees_of_freedom + 3.0) * kT * (self.barostat_time_fs * FEMTOSECOND) ** 2
+        return (state.degrees_of_freedom + 3.0) * kT * (self.barostat_time_fs * FEMTOSECOND) ** 2 / self.n_rates
 
     def cell_kinetic(self, state: MDState) -> torch.Tensor:
-        return 0.5 * self.cell_mass(state) * state.variables["strain_rate"] ** 2
+        """Kinetic energy of the cell, (R,) eV."""
+        return 0.5 * self.cell_mass(state) * (state.variables["strain_rate"] ** 2).sum(dim=1)
 
     def conserved_energy(self, state: MDState) -> torch.Tensor:
         particles, cell = self.chains(state)

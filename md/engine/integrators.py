@@ -31,7 +31,7 @@ class Integrator(ABC):
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name != "pressure_bar" and value is not None and not value > 0.0:
+            if item.name != "pressure_bar" and isinstance(value, int | float) and not value > 0.0:
                 raise InputError(f"{type(self).__name__}: {item.name} is {value}, expected a positive number.")
 
     @property

@@ -216,13 +216,14 @@ class MDState:
         self.batch = replace(self.batch, positions=self.batch.positions + self.velocities * duration)
 
     def scale_momenta(self, factor: torch.Tensor) -> None:
-        """p <- factor p, factor (R,)."""
-        self.momenta = self.momenta * self.per_atom(factor)[:, None]
+        """p <- factor p, factor (R,), or for each axis (R, 3)."""
+        self.momenta = self.momenta * self.per_atom(factor.reshape(self.n_replicas, -1))
 
     def scale_box(self, factor: torch.Tensor) -> None:
-        """Scale positions and cells about the origin, r <- factor r, factor (R,)."""
-        positions = self.batch.positions * self.per_atom(factor)[:, None]
-        self.batch = replace(self.batch, positions=positions, cell=self.batch.cell * factor[:, None, None])
+        """Scale positions and cells about the origin, r <- factor r, factor (R,), or for each axis (R, 3)."""
+        factor = factor.reshape(self.n_replicas, -1)
+        positions = self.batch.positions * self.per_atom(factor)
+        self.batch = replace(self.batch, positions=positions, cell=self.batch.cell * factor[:, None, :])
 
     def scale_volume(self, volume: float) -> None:
         """Give every box this volume [Å^3]: centres of mass move with the cell, molecules keep their shape.

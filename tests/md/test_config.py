@@ -183,6 +183,10 @@ def test_quantities_round_trip_in_every_unit() -> None:
             "electrolyte: DMC\nstages:\n - {kind: nvt, time: 1 ps, volume: mean}",
             "electrolyte.yaml:3: stages.0.volume: the mean volume needs an npt stage before this one.",
         ),
+        (
+            "electrolyte: DMC\nstages:\n - {kind: npt, time: 1 ps, coupling: anisotropic}",
+            "electrolyte.yaml:3: stages.0.coupling: anisotropic coupling needs `barostat: mtk`.",
+        ),
         ("electrolyte: DMC\nstages:\n - {kind: nvt, time: 0.1 fs}", "stages.0.time: shorter than one timestep."),
         ("electrolyte: DMC\nguards: {density: [1 g/cm3]}", "guards.density: expected one density or two, [from, to]"),
         ("electrolyte: DMC\nguards: {density: [2 g/cm3, 1 g/cm3]}", "guards.density: the lower limit is not below"),

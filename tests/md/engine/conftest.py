@@ -33,6 +33,19 @@ class IdealGas:
         return output(batch, zeros.new_zeros(batch.n_systems), zeros, zeros.new_zeros(batch.n_systems, 3, 3))
 
 
+class ElasticFrame:
+    """E = sum_a k_a/2 ln(L_a/L0_a)^2 of an orthorhombic cell, which holds an ideal gas."""
+
+    def __init__(self, stiffness: list[float], lengths: list[float]) -> None:
+        self.stiffness = torch.tensor(stiffness, dtype=torch.float64)
+        self.lengths = torch.tensor(lengths, dtype=torch.float64)
+
+    def evaluate(self, batch: Batch) -> Output:
+        strain = (batch.cell.diagonal(dim1=1, dim2=2) / self.lengths).log()
+        energy = 0.5 * (self.stiffness * strain**2).sum(dim=1)
+        return output(batch, energy, torch.zeros_like(batch.positions), torch.diag_embed(-self.stiffness * strain))
+
+
 class Tether:
     """E = k/2 sum |r|^2: every atom an independent three-dimensional oscillator about the origin."""
 
@@ -140,6 +153,7 @@ def toys() -> SimpleNamespace:
     """Everything of this file by name (test modules cannot import each other)."""
     return SimpleNamespace(
         IdealGas=IdealGas,
+        ElasticFrame=ElasticFrame,
         Tether=Tether,
         Spring=Spring,
         LennardJones=LennardJones,
