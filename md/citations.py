@@ -36,6 +36,8 @@ _ENTRIES = {
     "yeh-hummer": ("Yeh, In-Chul and Hummer, Gerhard", "System-size dependence of diffusion coefficients "
                    "and viscosities from molecular dynamics simulations with periodic boundary conditions",
                    "The Journal of Physical Chemistry B", "108", "15873", "2004", "10.1021/jp0477147"),
+    "dielectric": ("Neumann, Martin", "Dipole moment fluctuation formulas in computer simulations of polar systems",
+                   "Molecular Physics", "50", "841", "1983", "10.1080/00268978300102721"),
 }  # fmt: skip
 _FIELDS = ("author", "title", "journal", "volume", "pages", "year", "doi")
 
@@ -54,6 +56,8 @@ def bibliography(config: RunConfig) -> str:
         used.append("equilibration")
     if "diffusion" in config.properties or "conductivity" in config.properties:
         used.append("yeh-hummer")
+    if "dielectric" in config.properties:
+        used.append("dielectric")
     return "\n".join(_entry(key) for key in dict.fromkeys(used))
 
 

@@ -40,7 +40,7 @@ SaltAmount = Annotated[
     PlainSerializer(lambda amount: f"{amount.value!r} {amount.unit}"),
     WithJsonSchema({"type": "string"}),
 ]
-Property = Literal["density", "viscosity", "conductivity", "diffusion", "coordination"]
+Property = Literal["density", "viscosity", "conductivity", "diffusion", "coordination", "dielectric"]
 
 
 Molecules = Annotated[dict[str, str], AfterValidator(lambda names: _defined(names)), Field(max_length=50)]

@@ -7,6 +7,7 @@ import torch
 from ase.data import chemical_symbols
 
 from bamboo.elements import ATOMIC_MASSES
+from bamboo.errors import InputError
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import formal_bonds, molecule_names
 from bamboo.system import System
@@ -33,6 +34,21 @@ def build_topology(system: System, counts: dict[str, int]) -> Topology:
 def trajectory_path(folder: Path, replica: int) -> Path:
     """Return the trajectory file of a replica: traj.h5, traj-2.h5, traj-3.h5, ..."""
     return folder / ("traj.h5" if replica == 0 else f"traj-{replica + 1}.h5")
+
+
+def molecular_dipole(state: MDState) -> torch.Tensor:
+    """Return the sum of the dipoles of all molecules of each replica, (R, 3), e Å.
+
+    M = sum_i q_i (r_i - R_m), R_m the centre of mass of the molecule of atom i: what charge a molecule has in excess of
+    neutrality counts as sitting there. Charges of the latest evaluation; molecules whole (positions unwrapped).
+    """
+    molecule = state.batch.molecule
+    if molecule is None:
+        raise InputError("The dipole needs to know the molecules: give every system its `molecule` indices.")
+    weighted = torch.cat([state.masses[:, None] * state.batch.positions, state.masses[:, None]], dim=1)
+    sums = weighted.new_zeros((int(molecule.max()) + 1, 4)).index_add_(0, molecule, weighted)
+    centres = (sums[:, :3] / sums[:, 3:])[molecule]
+    return state.sum_by_replica(state.charges[:, None] * (state.batch.positions - centres))
 
 
 class FrameRecorder:
@@ -65,7 +81,7 @@ class FrameRecorder:
 
 
 class ThermoRecorder:
-    """Writes ``thermo.h5``: pressure tensor, charge current and thermodynamic series of all replicas."""
+    """Writes ``thermo.h5``: pressure tensor, charge current, dipole and thermodynamic series of all replicas."""
 
     def __init__(self, folder: Path, topology: Topology, *, ensemble: Ensemble, stride: int, n_replicas: int) -> None:
         self.stride = stride
@@ -90,6 +106,7 @@ class ThermoRecorder:
             "conserved_energy": state.conserved_energy,
             "pressure": state.pressure_tensor(),
             "charge_current": charge_current(state, self._charges.to(state.device)),
+            "dipole": molecular_dipole(state),
         }
         if self._writer is not None:
             host = {name: value.detach().cpu().numpy() for name, value in values.items()}

@@ -14,6 +14,7 @@ from bamboo.errors import InputError
 from md import protocol
 from md.analysis.conductivity import conductivity, green_kubo_conductivity
 from md.analysis.density import SHORTEST_PS, density
+from md.analysis.dielectric import dielectric_constant
 from md.analysis.diffusion import self_diffusion
 from md.analysis.estimate import Estimate, format_time, no_value
 from md.analysis.residence import residence_times
@@ -139,6 +140,8 @@ def _production_properties(asked: set[str], data: StageData) -> dict[str, Estima
         )
     if "coordination" in asked:
         properties |= _or_reason("coordination", "", lambda: coordination(data.trajectories))
+    if "dielectric" in asked:
+        properties |= dielectric_constant(data.thermo, data.trajectories[0].topology)
     return properties
 
 

@@ -52,6 +52,8 @@ THERMO = {
     "pressure": Column("eV/angstrom^3", (3, 3), "f4"),  # full tensor including the kinetic part
     # sum of formal molecular charge times centre-of-mass velocity; velocities in angstrom per internal time unit
     "charge_current": Column("e*sqrt(eV/amu)", (3,), "f4"),
+    # sum of the molecules' dipoles about their centres of mass, from the charges of the force field
+    "dipole": Column("e*angstrom", (3,), "f4"),
 }
 _STEP = {"step": Column("", (), "i8")}
 _TIME = {"time": Column("picoseconds", (), "f8")}
@@ -336,18 +338,21 @@ class ThermoSeries:
     conserved_energy: Floats
     pressure: Floats
     charge_current: Floats
+    dipole: Floats
 
     @classmethod
     def read(cls, path: Path) -> "ThermoSeries":
-        """Read ``thermo.h5``. InputError for a damaged or foreign file."""
+        """Read ``thermo.h5``. InputError for a damaged or foreign file; dipoles are NaN where none were recorded."""
         with open_file(path) as file:
-            n_samples = _n_complete(file, [*THERMO, "time", "step"])
-            series = {name: np.asarray(file[name][:n_samples], dtype=np.float64) for name in THERMO}
+            recorded = [name for name in THERMO if name in file or name != "dipole"]
+            n_samples = _n_complete(file, [*recorded, "time", "step"])
+            series = {name: np.asarray(file[name][:n_samples], dtype=np.float64) for name in recorded}
             time_ps, step = np.asarray(file["time"][:n_samples]), np.asarray(file["step"][:n_samples])
             ensemble = Ensemble(**json.loads(file["ensemble"][0]))
         for name, values in series.items():
             if not np.isfinite(values).all():
                 raise InputError(f"{path}: {name} holds values that are not finite.")
+        series.setdefault("dipole", np.full_like(series["charge_current"], np.nan))
         return cls(ensemble=ensemble, time_ps=time_ps, step=step, **series)
 
     def since(self, time_ps: float) -> "ThermoSeries":

@@ -27,7 +27,7 @@ from bamboo.system import Batch
 from md.analysis.estimate import Estimate, format_time, no_value
 from md.config import RunConfig, load_config
 from md.model import Model
-from md.results import StageData, _long_enough, property_table
+from md.results import StageData, _long_enough, _production_properties, property_table, stage_data
 from md.run_folder import RunFolder, differences
 from md.trajectory import THERMO, Ensemble, ThermoSeries
 from md.workflows import run
@@ -398,3 +398,13 @@ def test_replicas_start_from_different_boxes_and_share_the_volume(tmp_path: Path
         assert np.abs(np.diff(file["potential_energy"][:], axis=1)).min() > 0.0
     with h5py.File(tmp_path / "run/stages/04-nvt/traj-2.h5") as file:
         assert len(file["coordinates"]) == 26
+
+
+def test_the_dielectric_constant_is_among_the_properties_of_a_run(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    data = stage_data(RunFolder(folder), RunFolder(folder).read_config(), suits=lambda stage: True)
+    assert data is not None
+    estimate = _production_properties({"dielectric"}, data)["dielectric_constant"]
+    assert "dipole is zero" in estimate.warnings[0]  # springs have no charges
+    assert "dielectric" in json.loads((folder / "properties.json").read_text())
+    assert "10.1080/00268978300102721" in (folder / "CITATIONS.bib").read_text()

@@ -175,7 +175,7 @@ def test_green_kubo_sees_through_rattling() -> None:
         ensemble=Ensemble("nve"), time_ps=interval_ps * np.arange(n_samples), step=np.arange(n_samples),
         temperature_K=np.full(shape, TEMPERATURE_K), volume=np.full(shape, volume), density_g_cm3=zero,
         potential_energy=zero, kinetic_energy=zero, conserved_energy=zero,
-        pressure=np.zeros((*shape, 3, 3)), charge_current=current,
+        pressure=np.zeros((*shape, 3, 3)), charge_current=current, dipole=np.zeros((*shape, 3)),
     )  # fmt: skip
     result = green_kubo_conductivity(thermo)["conductivity_green_kubo"]
     internal = 0.5 * interval_ps * units.PICOSECOND / (volume * units.BOLTZMANN * TEMPERATURE_K)

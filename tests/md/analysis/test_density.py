@@ -43,7 +43,7 @@ def npt_run(
         ensemble=ensemble, time_ps=time_ps, step=np.arange(n_samples), temperature_K=np.full(shape, TEMPERATURE_K),
         volume=volume, density_g_cm3=MASS / volume / units.GRAM_PER_CM3, kinetic_energy=kinetic,
         potential_energy=enthalpy - kinetic - 1000.0 * units.BAR * volume, conserved_energy=np.zeros(shape),
-        pressure=np.zeros((*shape, 3, 3)), charge_current=np.zeros((*shape, 3)),
+        pressure=np.zeros((*shape, 3, 3)), charge_current=np.zeros((*shape, 3)), dipole=np.zeros((*shape, 3)),
     )  # fmt: skip
 
 

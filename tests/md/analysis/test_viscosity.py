@@ -43,7 +43,7 @@ def run(n_samples: int, *, n_replicas: int = 1, seed: int = 0, slow_ps: float = 
         ensemble=Ensemble("nvt", "svr"), time_ps=INTERVAL_PS * np.arange(n_samples), step=np.arange(n_samples),
         temperature_K=np.full(shape, TEMPERATURE_K), volume=np.full(shape, VOLUME), density_g_cm3=zero,
         potential_energy=zero, kinetic_energy=zero, conserved_energy=zero,
-        pressure=stress_of(five), charge_current=np.zeros((*shape, 3)),
+        pressure=stress_of(five), charge_current=np.zeros((*shape, 3)), dipole=np.zeros((*shape, 3)),
     )  # fmt: skip
 
 
