@@ -7,7 +7,6 @@ volume by the fraction kT/(B V), below 1e-3 for 300 atoms.
 """
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Literal
 
 import torch
@@ -66,7 +65,7 @@ class StochasticCellRescaling(StochasticThermostat):
         volume = state.volume
         excess = state.pressure() - self.pressure_bar * BAR + kT / (2.0 * volume)
         root = volume.sqrt()
-        new_root = root + root * rate * excess * duration + sqrt(kT * rate * duration) * state.normal()
+        new_root = root + root * rate * excess * duration + (kT * rate * duration) ** 0.5 * state.normal()
         return (new_root / root) ** (2.0 / 3.0)
 
 

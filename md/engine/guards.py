@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 from bamboo.errors import GuardError
 from bamboo.structure.packing import BOND_SCALE, bond_graph
 from bamboo.system import System
-from md.engine.state import MDState
+from md.engine.state import MDState, PerReplica
 
 CAUSE_BLOWUP = "timestep too long, overlapping start, or a force field outside its training domain"
 
@@ -40,18 +40,20 @@ class Guard(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MaximumTemperature:
-    """The kinetic temperature stays below factor x temperature_K (the highest the thermostat aims at)."""
+    """The kinetic temperature stays below factor x temperature_K (the highest the thermostat aims at, one or (R,))."""
 
-    temperature_K: float
+    temperature_K: PerReplica
     factor: float = 3.0
     stride: int = 10
 
     def check(self, state: MDState) -> Violation | None:
-        temperature, replica = state.temperature_K().max(dim=0)
-        limit = self.factor * self.temperature_K
-        if float(temperature) <= limit:
+        temperature = state.temperature_K()
+        limit = torch.zeros_like(temperature) + self.factor * self.temperature_K
+        replica = int((temperature / limit).argmax())
+        if bool(temperature[replica] <= limit[replica]):
             return None
-        return Violation(int(replica), f"temperature {float(temperature):.0f} K is above {limit:.0f} K", CAUSE_BLOWUP)
+        what = f"temperature {float(temperature[replica]):.0f} K is above {float(limit[replica]):.0f} K"
+        return Violation(replica, what, CAUSE_BLOWUP)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Integrators of constant volume: each step is its operator splitting, each conserved quantity stands beside it.
 
 B kicks (p <- p + F t), A drifts (r <- r + p/m t), F evaluates forces, O lets a heat bath act. All take the state of R
-replicas and replace its tensors; all replicas share temperature and timestep.
+replicas and replace its tensors; all replicas share the timestep, each may have a temperature of its own.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ import torch
 
 from bamboo.errors import InputError
 from bamboo.units import BOLTZMANN, FEMTOSECOND, PICOSECOND
-from md.engine.state import Evaluator, MDState
+from md.engine.state import Evaluator, MDState, PerReplica
 
 CHAIN_LENGTH = 3  # thermostats in a Nose-Hoover chain
 
@@ -31,7 +31,8 @@ class Integrator(ABC):
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name != "pressure_bar" and isinstance(value, int | float) and not value > 0.0:
+            number = isinstance(value, int | float | torch.Tensor) and item.name != "pressure_bar"
+            if number and not bool((torch.as_tensor(value) > 0.0).all()):
                 raise InputError(f"{type(self).__name__}: {item.name} is {value}, expected a positive number.")
 
     @property
@@ -86,15 +87,15 @@ class VelocityVerlet(Integrator):
 class Thermostat(Integrator):
     """Base of the integrators with a heat bath.
 
-    temperature_K       K, of the bath, after the ramp if there is one
+    temperature_K       K, of the bath, after the ramp if there is one; a tensor (R,) gives each replica its own
     thermostat_time_fs  fs, time in which the bath corrects a deviation
     ramp_from_K         K, temperature at the start of a linear ramp; None for no ramp
     ramp_ps             ps, its duration; None for no ramp
     """
 
-    temperature_K: float
+    temperature_K: PerReplica
     thermostat_time_fs: float = 1000.0
-    ramp_from_K: float | None = None
+    ramp_from_K: PerReplica | None = None
     ramp_ps: float | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class Thermostat(Integrator):
     def thermostat_time(self) -> float:
         return self.thermostat_time_fs * FEMTOSECOND
 
-    def target_K(self, time: float) -> float:
+    def target_K(self, time: float) -> PerReplica:
         """Temperature of the bath at a time [internal units] of the stage, K."""
         if self.ramp_from_K is None or self.ramp_ps is None:
             return self.temperature_K
@@ -217,7 +218,7 @@ def receive(state: MDState, energy: torch.Tensor) -> None:
     state.variables["received_energy"] = state.variables["received_energy"] + energy
 
 
-def rescale_velocities(state: MDState, temperature_K: float, *, duration: float, relaxation: float) -> None:
+def rescale_velocities(state: MDState, temperature_K: PerReplica, *, duration: float, relaxation: float) -> None:
     """Scale each replica's momenta to the kinetic energy that an exact Ornstein-Uhlenbeck step would have given it.
 
     p' = sqrt(c) p + sqrt(1 - c) sqrt(m kT) xi with c = exp(-t/tau); p <- alpha p, alpha^2 = K(p')/K(p). This is
@@ -238,19 +239,19 @@ def rescale_velocities(state: MDState, temperature_K: float, *, duration: float,
 class Chain:
     """A Nose-Hoover chain on one kinetic energy per replica.
 
-    kT                  eV
+    kT                  eV, one or (R,)
     time                its relaxation time tau, internal units
     degrees_of_freedom  (R,), those of the kinetic energy it acts on
     """
 
-    kT: float
+    kT: PerReplica
     time: float
     degrees_of_freedom: torch.Tensor
 
     @property
     def masses(self) -> list[torch.Tensor]:
         first = self.degrees_of_freedom * self.kT * self.time**2
-        return [first] + [torch.full_like(first, self.kT * self.time**2)] * (CHAIN_LENGTH - 1)
+        return [first] + [torch.ones_like(first) * (self.kT * self.time**2)] * (CHAIN_LENGTH - 1)
 
     def propagate(
         self, kinetic: torch.Tensor, position: torch.Tensor, velocity: torch.Tensor, duration: float

@@ -12,6 +12,9 @@ from bamboo.system import Batch, System
 from bamboo.units import BOLTZMANN, FEMTOSECOND, GRAM_PER_CM3
 
 
+PerReplica = float | torch.Tensor  # one number for all replicas, or (R,), one for each
+
+
 class EvaluatorOutput(Protocol):
     """What the engine reads from an evaluation; torch, eV, Å, e, float64."""
 
@@ -73,7 +76,7 @@ class MDState:
         cls,
         systems: Sequence[System],
         *,
-        temperature_K: float,
+        temperature_K: PerReplica,
         seed: int,
         exact_temperature: bool = False,
         device: torch.device | str = "cpu",
@@ -189,23 +192,28 @@ class MDState:
         net = self.sum_by_replica(vectors) / self.sum_by_replica(self.masses)[:, None]
         return vectors - self.masses[:, None] * self.per_atom(net)
 
-    def thermal_momenta(self, temperature_K: float) -> torch.Tensor:
+    def thermal_momenta(self, temperature_K: PerReplica) -> torch.Tensor:
         """Draw momenta sqrt(m k_B T) xi, (n_atoms, 3), of zero sum where the centre of mass is fixed."""
         noise = torch.randn(self.momenta.shape, generator=self.generator, dtype=torch.float64, device=self.device)
-        momenta = (self.masses[:, None] * (BOLTZMANN * temperature_K)).sqrt() * noise
+        kT = BOLTZMANN * temperature_K
+        if isinstance(kT, torch.Tensor):
+            kT = self.per_atom(kT)[:, None]
+        momenta = (self.masses[:, None] * kT).sqrt() * noise
         return self.without_net(momenta) if self.centre_of_mass_fixed else momenta
 
     def normal(self) -> torch.Tensor:
         """Draw one standard normal number per replica, (R,)."""
         return torch.randn(self.n_replicas, generator=self.generator, dtype=torch.float64, device=self.device)
 
-    def draw_momenta(self, temperature_K: float, *, exact: bool = False) -> None:
-        """Draw momenta from the Maxwell-Boltzmann distribution; ``exact`` scales each replica to the temperature."""
-        if not temperature_K >= 0.0:
+    def draw_momenta(self, temperature_K: PerReplica, *, exact: bool = False) -> None:
+        """Draw momenta from the Maxwell-Boltzmann distribution; ``exact`` scales each replica to its temperature."""
+        target = torch.zeros_like(self.energy) + temperature_K
+        if not bool((target >= 0.0).all()):
             raise InputError(f"temperature_K is {temperature_K}, expected zero or more.")
         self.momenta = self.thermal_momenta(temperature_K)
-        if exact and temperature_K > 0.0:
-            self.momenta = self.momenta * self.per_atom((temperature_K / self.temperature_K()).sqrt())[:, None]
+        if exact:
+            factor = torch.where(target > 0.0, (target / self.temperature_K()).sqrt(), 0.0)
+            self.momenta = self.momenta * self.per_atom(factor)[:, None]
 
     def kick(self, duration: float) -> None:
         """B: p <- p + F t."""
@@ -225,8 +233,8 @@ class MDState:
         positions = self.batch.positions * self.per_atom(factor)
         self.batch = replace(self.batch, positions=positions, cell=self.batch.cell * factor[:, None, :])
 
-    def scale_volume(self, volume: float) -> None:
-        """Give every box this volume [Å^3]: centres of mass move with the cell, molecules keep their shape.
+    def scale_volume(self, volume: PerReplica) -> None:
+        """Give every box this volume [Å^3], its own where there are several: centres of mass move with the cell, molecules keep their shape.
 
         Molecules must be whole (positions unwrapped); where they are not known every atom counts as one.
         """
