@@ -11,7 +11,6 @@ from bamboo.errors import InputError
 from bamboo.system import Batch, System
 from bamboo.units import BOLTZMANN, FEMTOSECOND, GRAM_PER_CM3
 
-
 PerReplica = float | torch.Tensor  # one number for all replicas, or (R,), one for each
 
 
@@ -234,7 +233,7 @@ class MDState:
         self.batch = replace(self.batch, positions=positions, cell=self.batch.cell * factor[:, None, :])
 
     def scale_volume(self, volume: PerReplica) -> None:
-        """Give every box this volume [Å^3], its own where there are several: centres of mass move with the cell, molecules keep their shape.
+        """Give every box this volume [Å^3]: centres of mass move with the cell, molecules keep their shape.
 
         Molecules must be whole (positions unwrapped); where they are not known every atom counts as one.
         """

@@ -82,7 +82,7 @@ def test_momenta_are_drawn_at_each_temperature(toys):
     assert float(at_rest.momenta.abs().max()) == 0.0
     with pytest.raises(InputError, match="zero or more"):
         exact.draw_momenta(-TEMPERATURES)
-    with pytest.raises(InputError, match="temperature_K is .* expected a positive number"):
+    with pytest.raises(InputError, match=r"temperature_K is .* expected a positive number"):
         Langevin(temperature_K=TEMPERATURES - 150.0, timestep_fs=1.0)
 
 
