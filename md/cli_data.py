@@ -112,43 +112,25 @@ def data_probes(output: Annotated[Path, typer.Argument(help="Extended XYZ file t
     print(f"wrote {len(structures)} structures to {output}")
 
 
-@data_app.command("difference")
-@reported
-def data_difference(
-    model: Annotated[str, typer.Argument(help="Model of the zoo or file, trained on the cheap labels.")],
-    sources: Files,
-    good: Annotated[Path, typer.Option(help="HDF5 frames with the good labels.")],
-    output: Annotated[Path, typer.Option(help="File to write, for a training with `fixed_terms: false`.")],
-) -> None:
-    """Write what a short-range difference model learns: good minus cheap labels of the same geometries."""
-    from bamboo.checkpoint import load
-    from bamboo.learn.lift import difference_frames
-    from bamboo.quantum.dataset import count_table, read_frames, write_frames
-
-    cheap = [frame for source in sources for frame in read_frames(source)]
-    frames = difference_frames(load(model), cheap, read_frames(good))
-    write_frames(output, frames, provenance={"base": model, "good": good.name})
-    print(count_table(frames))
-
-
 @data_app.command("lift")
 @reported
 def data_lift(
-    model: Annotated[str, typer.Argument(help="Model of the zoo or file, trained on the cheap labels.")],
-    difference: Annotated[Path, typer.Argument(help="Difference model.")],
+    base: Annotated[str, typer.Argument(help="Model of the zoo or file, trained on the cheap labels.")],
+    tuned: Annotated[str, typer.Argument(help="Model started from it and trained on good labels.")],
     sources: Files,
     output: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
-    """Lift cheap labels to the level of the good ones with a difference model."""
+    """Lift cheap labels to a better level by the difference of two models: E - E_base + E_tuned."""
     from bamboo.checkpoint import describe, load
-    from bamboo.learn.lift import lift_frames
+    from bamboo.learn.lift import LIFTED, lift_frames
     from bamboo.quantum.dataset import count_table, read_frames, write_frames
 
-    (level,) = describe(difference)["card"]["levels"]
+    levels = {level.removesuffix(LIFTED) for level in describe(tuned)["card"].get("levels", [])}
+    if len(levels) != 1:
+        raise InputError(f"{tuned}: its card names {len(levels)} levels of theory, expected the one it was tuned to.")
     cheap = [frame for source in sources for frame in read_frames(source)]
-    good = level.partition(" - ")[0]
-    lifted = lift_frames(load(model), load(difference), cheap, level=good, progress=_tell)
-    write_frames(output, lifted, provenance={"base": model, "difference": difference.name})
+    lifted = lift_frames(load(base), load(tuned), cheap, level=levels.pop(), progress=_tell)
+    write_frames(output, lifted, provenance={"base": Path(base).name, "tuned": Path(tuned).name})
     print(count_table(lifted))
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from bamboo.learn.samples import far_pairs, fit_references, make_samples, shift_
 from bamboo.nn.get import NetworkConfig
 from bamboo.quantum.dataset import Frame, read_frames
 from bamboo.terms.d3_table import fill_d3_table
+from bamboo.terms.dispersion import DispersionConfig
 
 BEYOND = ("compressed", "distorted", "failure")
 N_REFERENCE_FRAMES = 400  # enough to fit one number per element
@@ -79,7 +80,6 @@ class TrainConfig(_Block):
     max_force  eV/Å; frames with a larger force component are left out
     trained    which weights move: all, or only those of the MLP that reads energies off the last features
     far_pairs  share of constructed frames of two clusters far apart
-    fixed_terms  False leaves out dispersion and repulsion, as for labels that are differences of two levels
     description, caveat   go into the card: what the model is for, and what it must not be used for
     """
 
@@ -93,7 +93,6 @@ class TrainConfig(_Block):
     seed: Annotated[int, Field(ge=0)] = 0
     max_force: Annotated[float, Field(gt=0)] = 20.0
     far_pairs: Annotated[float, Field(ge=0, le=1)] = 0.03
-    fixed_terms: bool = True
     description: str = ""
     caveat: str = ""
 
@@ -125,13 +124,14 @@ def label_table(frames: Sequence[Frame]) -> str:
 
 
 def _levels(frames: Sequence[Frame]) -> set[str]:
-    """Return the levels of theory of frames; labels of an ensemble are on the zero of the level it learnt."""
-    return {frame.labels.level for frame in frames if not frame.labels.level.startswith(ENSEMBLE)}
+    """Return the levels of theory of frames; labels of an ensemble or lifted ones are on the zero of their level."""
+    levels = {frame.labels.level for frame in frames if not frame.labels.level.startswith(ENSEMBLE)}
+    return {level.removesuffix(LIFTED) for level in levels}
 
 
 def _check_labels(frames: Sequence[Frame], weights: WeightsBlock) -> None:
     """Refuse energies that cannot be compared, and weights for labels that no frame has: they would do nothing."""
-    levels = {level.removesuffix(LIFTED) for level in _levels(frames)}
+    levels = _levels(frames)
     if len(levels) > 1 and weights.energy > 0:
         raise InputError(
             f"The data mix levels of theory ({', '.join(sorted(levels))}), whose energies have different zeros. "
@@ -155,8 +155,8 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
     """Return the force field to train: started from a model file, or new with the D3 table and fitted references."""
     torch.manual_seed(config.seed)
     if config.start is not None:
-        for name in sorted({"network", "fixed_terms"} & config.model_fields_set):
-            raise InputError(f"`{name}` has no effect where `start` gives the weights: remove one of the two.")
+        if "network" in config.model_fields_set:
+            raise InputError("`network` has no effect where `start` gives the weights: remove one of the two.")
         force_field = checkpoint.load(config.start)
         unknown = {int(z) for frame in frames for z in frame.system.numbers} - set(
             torch.nonzero(force_field.known).flatten().tolist()
@@ -165,12 +165,14 @@ def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceFi
             raise InputError(
                 f"{config.start} does not know the elements {sorted(unknown)} of the data; train from scratch."
             )
-        if _levels(frames) <= set(checkpoint.describe(config.start)["card"].get("levels", [])):
+        known = checkpoint.describe(config.start)["card"].get("levels", [])
+        if _levels(frames) <= {level.removesuffix(LIFTED) for level in known}:
             return force_field.train()
+        force_field = with_own_dispersion(force_field)
         chosen = np.random.default_rng(config.seed).permutation(len(frames))[:N_REFERENCE_FRAMES]
         shift_references(force_field, make_samples(force_field, [frames[k] for k in chosen]))
         return force_field.train()
-    return new_force_field(NetworkConfig(**config.network.model_dump()), frames, fixed_terms=config.fixed_terms)
+    return new_force_field(NetworkConfig(**config.network.model_dump()), frames)
 
 
 def choose_trained(force_field: ForceField, trained: str) -> None:
@@ -185,15 +187,19 @@ def held_out_errors(force_field: ForceField, frames: Sequence[Frame]) -> dict[st
     return evaluate(force_field, make_samples(force_field, test), [held_out_group(f) for f in test]) if test else {}
 
 
-def new_force_field(network: NetworkConfig, frames: Sequence[Frame], *, fixed_terms: bool = True) -> ForceField:
-    """Return an untrained force field with reference energies and charges fitted to the frames.
+def with_own_dispersion(force_field: ForceField) -> ForceField:
+    """Return the force field with the dispersion of a new one: its damping is fitted to levels without dispersion."""
+    changed = ForceField(replace(force_field.config, dispersion=DispersionConfig())).to_dtype(force_field.dtype)
+    changed.load_state_dict(force_field.state_dict())
+    fill_d3_table(changed.dispersion, elements=changed.elements)
+    return changed
 
-    fixed_terms  whether it has dispersion (with the D3 table) and repulsion
-    """
-    force_field = ForceField(ForceFieldConfig(network=network, repulsion=fixed_terms))
+
+def new_force_field(network: NetworkConfig, frames: Sequence[Frame]) -> ForceField:
+    """Return an untrained force field with D3 table, reference energies and charges fitted to the frames."""
+    force_field = ForceField(ForceFieldConfig(network=network))
     fit_references(force_field, frames)
-    if fixed_terms:
-        fill_d3_table(force_field.dispersion, elements=force_field.elements)
+    fill_d3_table(force_field.dispersion, elements=force_field.elements)
     return force_field.train()
 
 

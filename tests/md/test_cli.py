@@ -127,7 +127,7 @@ def test_commands_exist() -> None:
     ):
         assert name in out
     assert {"import", "info", "list"} <= set(invoke("model", "--help")[1].split())
-    assert {"import", "info", "merge", "sample", "label", "harvest", "select", "probes", "difference", "lift"} <= set(
+    assert {"import", "info", "merge", "sample", "label", "harvest", "select", "probes", "lift"} <= set(
         invoke("data", "--help")[1].split()
     )
     assert invoke("--version")[1].startswith("bamboo-md 0")

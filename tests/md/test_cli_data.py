@@ -33,16 +33,15 @@ def frames(level: str, energy: float) -> list[Frame]:
     return made
 
 
-def model(path: Path, *, level: str, difference: bool) -> Path:
+def model(path: Path, *, levels: list[str]) -> Path:
     torch.manual_seed(1)
-    network = NetworkConfig(channels=16, heads=4, n_radial=8)
-    force_field = ForceField(ForceFieldConfig(network=network, repulsion=not difference))
+    force_field = ForceField(ForceFieldConfig(network=NetworkConfig(channels=16, heads=4, n_radial=8)))
     force_field.known[[1, 6, 8]] = True
-    checkpoint.save(force_field, path, card={"levels": [level]})
+    checkpoint.save(force_field, path, card={"levels": levels})
     return path
 
 
-def test_merge_select_difference_and_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_select_and_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("campaign").mkdir()
     write_frames("campaign/shard-000.h5", frames("cheap", -1.0)[:2])
@@ -54,14 +53,13 @@ def test_merge_select_difference_and_lift(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(chosen) == 3 and chosen < {f"run-{k}" for k in range(4)}
     assert "Only 4 of 9" in invoke("select", "cheap.h5", "--output", "few.h5", "--count", "9")[1]
 
-    write_frames("good.h5", frames("good", -3.0)[:3])
-    base, difference = model(Path("base.st"), level="cheap", difference=False), Path("difference.st")
-    model(difference, level="good - cheap", difference=True)
-    code, said = invoke("difference", str(base), "cheap.h5", "--good", "good.h5", "--output", "pairs.h5")
-    assert code == 0, said
-    assert {frame.labels.level for frame in read_frames("pairs.h5")} == {"good - cheap"}
-    code, said = invoke("lift", str(base), str(difference), "cheap.h5", "--output", "lifted.h5")
+    base, tuned = model(Path("base.st"), levels=["cheap"]), model(Path("tuned.st"), levels=["good", "good; lifted"])
+    code, said = invoke("lift", str(base), str(tuned), "cheap.h5", "--output", "lifted.h5")
     assert code == 0 and "4/4 frames" in said, said
-    assert [frame.labels.level for frame in read_frames("lifted.h5")] == ["good; lifted"] * 4
-    code, said = invoke("difference", str(base), "few.h5", "--good", "missing.h5", "--output", "pairs.h5")
+    labels = [frame.labels for frame in read_frames("lifted.h5")]
+    assert [label.level for label in labels] == ["good; lifted"] * 4
+    assert [label.energy for label in labels] == pytest.approx([-1.0] * 4)  # both models are the same
+    both = model(Path("both.st"), levels=["good", "cheap"])
+    assert "names 2 levels of theory" in invoke("lift", str(base), str(both), "cheap.h5", "--output", "x.h5")[1]
+    code, said = invoke("lift", str(base), str(tuned), "missing.h5", "--output", "x.h5")
     assert code == 2 and "no such file" in said

@@ -1,4 +1,4 @@
-"""Lifting: what is taken out of the cheap labels and what comes back, against the terms of the models themselves."""
+"""Lifting: labels move by the difference of two models, with every derivative, and dispersion where it belongs."""
 
 from dataclasses import replace
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bamboo.errors import InputError
-from bamboo.forcefield import ForceField, ForceFieldConfig
-from bamboo.learn.lift import Remainder, difference_frames, electrostatic_part, lift_frames
+from bamboo.forcefield import ForceField, ForceFieldConfig, ForceFieldOutput
+from bamboo.learn.lift import lift_frames, predict
 from bamboo.neighbors import find_neighbors
 from bamboo.nn.get import NetworkConfig
 from bamboo.quantum.dataset import Frame
@@ -17,100 +16,77 @@ from bamboo.system import Batch, System
 from bamboo.terms.d3_table import fill_d3_table
 
 POSITIONS = np.array([[0.0, 0.0, 0.12], [0.0, 0.76, -0.47], [0.1, -0.76, -0.47], [0.3, 0.2, 2.0]])
+CLUSTER = System(np.array([8, 1, 1, 3]), POSITIONS, np.zeros((3, 3)), False, 1.0)
+BOX = System(np.array([8, 1, 1, 3]), POSITIONS, 8.0 * np.eye(3) + 0.5 * np.eye(3, k=1), True, 0.0)
+GOOD = "B3LYP/def2-SVPD, RI"  # contains no dispersion
 
 
-def force_field(seed: int, *, difference: bool = False) -> ForceField:
+def force_field(seed: int) -> ForceField:
     torch.manual_seed(seed)
-    network = NetworkConfig(channels=16, heads=4, n_radial=8)
-    made = ForceField(ForceFieldConfig(network=network, repulsion=not difference))
-    if not difference:
-        fill_d3_table(made.dispersion)
+    made = ForceField(ForceFieldConfig(network=NetworkConfig(channels=16, heads=4, n_radial=8)))
+    fill_d3_table(made.dispersion)
     made.known[[1, 3, 8]] = True
-    made.reference_energy[[1, 3, 8]] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    made.reference_energy[[1, 3, 8]] = torch.tensor([1.0, 2.0, 3.0 + seed], dtype=torch.float64)
     made.reference_electronegativity[[1, 3, 8]] = 0.5
     return made.to_dtype(torch.float64)
 
 
-def frame(system: System, *, level: str, energy: float = 0.0, forces: np.ndarray | None = None) -> Frame:
+def frame(system: System, *, level: str = "cheap", energy: float = 0.0, forces: np.ndarray | None = None) -> Frame:
     zero = np.zeros((system.n_atoms, 3)) if forces is None else forces
-    virial = np.zeros((3, 3)) if system.pbc else None
+    virial = np.full((3, 3), 0.1) if system.pbc else None
     return Frame(system, Labels(level, energy, zero, virial=virial), "lithium", "scan", "run")
 
 
-CLUSTER = System(np.array([8, 1, 1, 3]), POSITIONS, np.zeros((3, 3)), False, 1.0)
-BOX = System(np.array([8, 1, 1, 3]), POSITIONS, 8.0 * np.eye(3) + 0.5 * np.eye(3, k=1), True, 0.0)
-
-
-def output(model: ForceField, system: System):
+def output(model: ForceField, system: System) -> ForceFieldOutput:
     batch = Batch.from_systems([system])
     return model(batch, find_neighbors(batch, model.config.network.cutoff, model.config.dispersion.cutoff))
 
 
-def test_electrostatic_part_is_the_coulomb_energy_alone() -> None:
-    base = force_field(0)
-    part = output(electrostatic_part(base), CLUSTER)
-    assert float(part.terms["electrostatic"]) == pytest.approx(float(output(base, CLUSTER).terms["electrostatic"]))
-    assert float(part.terms["network"]) == float(part.terms["electronegativity"]) == 0.0
-
-
 @pytest.mark.parametrize("system", [CLUSTER, BOX], ids=["cluster", "box"])
-def test_remainder_of_the_base_model_is_its_short_range(system: System) -> None:
-    """Labels made by the base model itself leave network + electronegativity + repulsion + reference; F = -dE/dx."""
-    base = force_field(1)
+def test_prediction_is_the_model_less_the_dispersion_that_a_level_has_not(system: System) -> None:
+    model = force_field(1)
+    whole = output(model, system)
+    same = predict(model, frame(system), level="cheap")
+    assert same.energy == pytest.approx(float(whole.energy), rel=1e-10)
+    np.testing.assert_allclose(same.forces, whole.forces.numpy(), atol=1e-9)
+    np.testing.assert_allclose(same.charges, whole.charges.numpy(), atol=1e-12)
+    bare = predict(model, frame(system), level=GOOD)
+    assert abs(float(whole.terms["dispersion"])) > 1e-3
+    assert bare.energy == pytest.approx(float(whole.energy - whole.terms["dispersion"]), rel=1e-10)
 
-    def remainder(moved: System) -> Labels:
-        made = output(base, moved)
-        labelled = frame(moved, level="cheap", energy=float(made.energy), forces=made.forces.numpy())
-        return Remainder(base)(replace(labelled, labels=replace(labelled.labels, virial=made.virial[0].numpy())))
+    def energy(moved: System) -> float:
+        return predict(model, frame(moved), level=GOOD).energy
 
-    terms = output(base, system).terms
-    expected = sum(float(terms[name]) for name in ("network", "electronegativity", "repulsion", "reference"))
-    found = remainder(system)
-    assert found.energy == pytest.approx(expected, rel=1.0e-9)
     step = np.zeros_like(system.positions)
     step[1, 2] = 1.0e-4  # a hydrogen: lithium has no dispersion
-    up, down = (remainder(replace(system, positions=system.positions + sign * step)).energy for sign in (1, -1))
-    assert found.forces[1, 2] == pytest.approx(-(up - down) / 2.0e-4, abs=1.0e-6)
-    strain = np.zeros((3, 3))
-    strain[0, 0] = 1.0e-4
-    if system.pbc:
-        up, down = (
-            remainder(
-                replace(
-                    system,
-                    positions=system.positions @ (np.eye(3) + sign * strain),
-                    cell=system.cell @ (np.eye(3) + sign * strain),
-                )
-            ).energy
-            for sign in (1, -1)
-        )
+    up, down = (energy(replace(system, positions=system.positions + sign * step)) for sign in (1, -1))
+    assert bare.forces is not None and bare.forces[1, 2] == pytest.approx(-(up - down) / 2.0e-4, abs=1.0e-6)
+    assert (bare.virial is None) != system.pbc and (bare.dipole is None) == system.pbc
+    if system.pbc and bare.virial is not None:
+        strained = (np.eye(3) + sign * 1.0e-4 * np.diag([1.0, 0.0, 0.0]) for sign in (1, -1))
+        up, down = (energy(replace(system, positions=POSITIONS @ s, cell=system.cell @ s)) for s in strained)
         # the tolerance is that of the mesh of the reciprocal space
-        assert found.virial[0, 0] == pytest.approx(-(up - down) / 2.0e-4, abs=2.0e-4)
+        assert bare.virial[0, 0] == pytest.approx(-(up - down) / 2.0e-4, abs=2.0e-4)
 
 
 @pytest.mark.parametrize("system", [CLUSTER, BOX], ids=["cluster", "box"])
-def test_lifted_labels_are_remainder_plus_difference(system: System) -> None:
-    base, difference = force_field(2), force_field(3, difference=True)
-    cheap = frame(system, level="cheap", energy=5.0, forces=np.arange(12.0).reshape(4, 3))
-    (lifted,) = lift_frames(base, difference, [cheap], level="good")
-    low, high = Remainder(base)(cheap), output(difference, system)
-    assert lifted.labels.energy == pytest.approx(low.energy + float(high.energy), rel=1.0e-9)
-    np.testing.assert_allclose(lifted.labels.forces, low.forces + high.forces.numpy(), atol=1.0e-9)
-    np.testing.assert_allclose(lifted.labels.charges, high.charges.numpy(), atol=1.0e-9)
-    assert lifted.labels.level == "good; lifted" and (lifted.kind, lifted.trajectory) == (cheap.kind, cheap.trajectory)
-    assert (lifted.labels.dipole is None) == system.pbc and (lifted.labels.virial is None) != system.pbc
+def test_what_the_base_cannot_explain_is_kept(system: System) -> None:
+    base, tuned = force_field(2), force_field(3)
+    forces = np.arange(12.0).reshape(4, 3)
+    low, high = output(base, system), predict(tuned, frame(system), level=GOOD)
+    cheap = frame(system, energy=float(low.energy) + 5.0, forces=low.forces.numpy() + forces)
+    (lifted,) = lift_frames(base, tuned, [cheap], level=GOOD)
+    labels = lifted.labels
+    assert labels.energy == pytest.approx(high.energy + 5.0, rel=1e-10)
+    np.testing.assert_allclose(labels.forces, high.forces + forces, atol=1e-9)
+    np.testing.assert_allclose(labels.charges, high.charges)
+    if system.pbc:
+        np.testing.assert_allclose(labels.virial, high.virial + 0.1 - low.virial[0].numpy(), atol=1e-9)
+    assert labels.level == f"{GOOD}; lifted" and not labels.contains_dispersion
+    assert (lifted.kind, lifted.trajectory) == (cheap.kind, cheap.trajectory)
 
 
-def test_difference_of_pairs_and_missing_partners() -> None:
-    """A perfect difference model would give the good label back: remainder + difference label = good label."""
-    base = force_field(4)
-    cheap = frame(CLUSTER, level="cheap", energy=-3.0, forces=np.ones((4, 3)))
-    good = frame(CLUSTER, level="good", energy=-7.0, forces=np.full((4, 3), 0.5))
-    (pair,) = difference_frames(base, [cheap], [good])
-    low = Remainder(base)(cheap)
-    assert pair.labels.energy + low.energy == pytest.approx(-7.0)
-    np.testing.assert_allclose(pair.labels.forces + low.forces, 0.5)
-    assert pair.labels.level == "good - cheap"
-    moved = replace(good, system=replace(CLUSTER, positions=CLUSTER.positions + 0.01))
-    with pytest.raises(InputError, match="1 frames have no label of the cheap level, the first in 'run'"):
-        difference_frames(base, [cheap], [moved])
+def test_absent_labels_stay_absent() -> None:
+    cheap = replace(frame(CLUSTER), labels=Labels("cheap", 1.0))
+    (lifted,) = lift_frames(force_field(2), force_field(3), [cheap], level=GOOD)
+    assert lifted.labels.forces is None and lifted.labels.charges is not None

@@ -42,6 +42,7 @@ from bamboo.quantum.labels import Labels
 from bamboo.system import Batch, System
 from bamboo.terms.charges import bound
 from bamboo.terms.d3_table import fill_d3_table
+from bamboo.terms.dispersion import DispersionConfig
 
 WATER = np.array([[0.0, 0.0, 0.12], [0.0, 0.76, -0.47], [0.0, -0.76, -0.47]])
 LITHIUM = np.array([[0.0, 0.0, 2.0]])
@@ -389,6 +390,24 @@ def test_start_from_another_level_begins_without_offset(tmp_path: Path) -> None:
     assert abs(mean) < 0.1
 
 
+def test_start_from_another_level_takes_the_dispersion_of_a_new_model(tmp_path: Path) -> None:
+    """The damping belongs to the level: it is fitted where labels contain none, and to no weight."""
+    short = small_force_field()
+    config = replace(short.config, dispersion=DispersionConfig(damping_length=2.0))
+    started = ForceField(config).to_dtype(short.dtype)
+    started.load_state_dict(short.state_dict())
+    started.dispersion.c6.zero_()
+    start = tmp_path / "start.safetensors"
+    checkpoint.save(started, start, card={"levels": ["springs"]})
+    settings = TrainConfig(data=[tmp_path / "frames.h5"], output=tmp_path / "m.safetensors", start=str(start))
+    assert prepare_force_field(settings, FRAMES).config.dispersion.damping_length == 2.0  # the same level
+    moved = [replace(f, labels=replace(f.labels, level="other")) for f in FRAMES]
+    force_field = prepare_force_field(settings, moved)
+    assert force_field.config.dispersion == DispersionConfig()
+    torch.testing.assert_close(force_field.dispersion.c6[[1, 3, 8]], short.dispersion.c6[[1, 3, 8]])
+    torch.testing.assert_close(force_field.embedding.weight, short.embedding.weight.float())
+
+
 def test_dispersion_comes_on_top_of_levels_that_contain_none() -> None:
     force_field, frame = small_force_field(), spring_frame(3, lithium=True)
     with_, without = (
@@ -409,4 +428,3 @@ def test_elements_without_dispersion_coefficients_are_refused() -> None:
     network = NetworkConfig(channels=16, heads=4, n_radial=8)
     with pytest.raises(InputError, match="but not Xe"):
         new_force_field(network, [strange])
-    assert new_force_field(network, [strange], fixed_terms=False).elements == ["H", "Xe"]
