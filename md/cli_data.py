@@ -87,15 +87,32 @@ def data_select(
     output: Annotated[Path, typer.Option(help="File to write.")],
     count: Annotated[int, typer.Option(min=1, help="How many frames.")] = 400,
     atoms: Annotated[tuple[int, int], typer.Option(help="Smallest and largest cluster.")] = (6, 20),
+    committee: Annotated[
+        list[str] | None, typer.Option(help="Models: where they differ most comes first, hot frames never.")
+    ] = None,
+    known: Annotated[list[Path] | None, typer.Option(help="Frames that need not be selected again.")] = None,
 ) -> None:
     """Select small clusters that deserve a label of a higher level."""
+    from bamboo.checkpoint import load
+    from bamboo.learn.evaluate import disagreement
+    from bamboo.learn.fit import held_out_group
     from bamboo.quantum.dataset import count_table, read_frames, read_provenance, write_frames
     from bamboo.quantum.selection import select_frames
 
+    labelled = {frame.system.positions.tobytes() for path in known or [] for frame in read_frames(path)}
     frames = [frame for source in sources for frame in read_frames(source)]
-    chosen = select_frames(frames, count=count, atoms=atoms)
-    known = read_provenance(sources[0])
-    write_frames(output, chosen, provenance={k: v for k, v in known.items() if not k.startswith("format")})
+    frames = [
+        frame
+        for frame in frames
+        if atoms[0] <= frame.system.n_atoms <= atoms[1] and frame.system.positions.tobytes() not in labelled
+    ]
+    scores = None
+    if committee:
+        frames = [frame for frame in frames if held_out_group(frame) != "hot"]
+        scores = disagreement([load(name) for name in committee], frames, progress=_tell)
+    chosen = select_frames(frames, count=count, atoms=atoms, scores=scores)
+    origin = read_provenance(sources[0])
+    write_frames(output, chosen, provenance={k: v for k, v in origin.items() if not k.startswith("format")})
     print(count_table(chosen))
 
 

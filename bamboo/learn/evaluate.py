@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
 from bamboo.errors import InputError
+from bamboo.evaluator import Evaluator
 from bamboo.forcefield import ForceField
 from bamboo.learn.samples import EdgeBudgetSampler, unpack
+from bamboo.quantum.dataset import Frame
+from bamboo.system import Batch
 
 MODERATE_FORCE = 150.0  # kcal/mol/Å: frames beyond are reported apart
 MODERATE_TEMPERATURE = 600.0  # K
@@ -104,3 +108,18 @@ def _summary(parts: dict[str, list[np.ndarray]]) -> Errors:
         pressure=rms("pressure"),
         raw_charge=rms("raw_charge"),
     )
+
+
+def disagreement(
+    models: Sequence[ForceField], frames: Sequence[Frame], *, progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.float64]:
+    """Return, per frame, the largest standard deviation over models of the force on an atom [eV/Å], (n_frames,)."""
+    evaluators = [Evaluator(model) for model in models]
+    largest = np.empty(len(frames))
+    for index, frame in enumerate(frames):
+        batch = Batch.from_systems([frame.system])
+        forces = torch.stack([evaluator.evaluate(batch).forces for evaluator in evaluators])
+        largest[index] = float(forces.var(dim=0).sum(-1).max().sqrt())
+        if progress is not None:
+            progress(index + 1, len(frames))
+    return largest

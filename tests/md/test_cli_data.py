@@ -51,6 +51,10 @@ def test_merge_select_and_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert invoke("select", "cheap.h5", "--output", "few.h5", "--count", "3")[0] == 0
     chosen = {frame.trajectory for frame in read_frames("few.h5")}
     assert len(chosen) == 3 and chosen < {f"run-{k}" for k in range(4)}
+    model(Path("one.st"), levels=["cheap"])
+    arguments = ("--count", "1", "--committee", "one.st", "--committee", "one.st", "--known", "few.h5")
+    assert invoke("select", "cheap.h5", "--output", "last.h5", *arguments)[0] == 0
+    assert {frame.trajectory for frame in read_frames("last.h5")} == {f"run-{k}" for k in range(4)} - chosen
     assert "Only 4 of 9" in invoke("select", "cheap.h5", "--output", "few.h5", "--count", "9")[1]
 
     base, tuned = model(Path("base.st"), levels=["cheap"]), model(Path("tuned.st"), levels=["good", "good; lifted"])

@@ -13,7 +13,7 @@ from torch_geometric.data import Batch as Stack
 from bamboo import checkpoint, units
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldConfig
-from bamboo.learn.evaluate import evaluate
+from bamboo.learn.evaluate import disagreement, evaluate
 from bamboo.learn.fit import (
     LoopBlock,
     NetworkBlock,
@@ -348,6 +348,19 @@ def test_pooled_error_leaves_out_groups_without_forces() -> None:
     frames = [FRAMES[0], replace(FRAMES[1], labels=replace(FRAMES[1].labels, forces=None))]
     errors = evaluate(force_field, make_samples(force_field, frames), [frame.kind for frame in frames])
     assert _pooled(errors) == pytest.approx(errors["neutral"].forces)
+
+
+def test_disagreement_is_the_spread_of_forces_over_models() -> None:
+    models = [small_force_field(seed) for seed in (0, 1, 2)]
+    frame = FRAMES[0]
+    batch = Batch.from_systems([frame.system])
+    neighbors = find_neighbors(batch, 5.0, 10.0)
+    forces = torch.stack([model(batch, neighbors).forces for model in models])
+    mean = forces.mean(dim=0)
+    spread = (((forces - mean) ** 2).sum(dim=-1).sum(dim=0) / (len(models) - 1)).sqrt()
+    found = disagreement(models, [frame, frame])
+    assert found == pytest.approx([float(spread.max())] * 2, rel=1.0e-5)
+    assert disagreement([models[0], models[0]], [frame]) == pytest.approx([0.0])
 
 
 def test_log_keeps_its_columns_when_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:

@@ -50,6 +50,19 @@ def test_beginning_is_balanced_and_does_not_depend_on_the_length(pool: list[Fram
     assert {"scan", "liquid"} <= {member.sampling for member in short}
 
 
+def test_highest_scores_come_first_and_nan_never(pool: list[Frame]) -> None:
+    scores = np.random.default_rng(0).random(len(pool))
+    scores[:300] = np.nan
+    rank = {id(member): score for member, score in zip(pool, scores, strict=True)}
+    chosen = select_frames(pool, count=150, scores=scores)
+    assert not any(np.isnan(rank[id(member)]) for member in chosen)
+    neutral = [member for member in pool if member.kind == "neutral" and member.sampling == "dynamics"]
+    best = [rank[id(member)] for member in chosen if member.kind == "neutral" and member.sampling == "dynamics"]
+    assert best and best == sorted(best, reverse=True)
+    assert best[0] == max(rank[id(member)] for member in neutral if not np.isnan(rank[id(member)]))
+    assert Counter(m.kind for m in chosen) == Counter(m.kind for m in select_frames(pool[300:], count=150))
+
+
 def test_too_few_frames_are_an_error(pool: list[Frame]) -> None:
     with pytest.raises(InputError, match="could be selected"):
         select_frames(pool, count=5000)
