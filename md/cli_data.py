@@ -156,6 +156,25 @@ def _tell(done: int, total: int) -> None:
         print(f"{done}/{total} frames", flush=True)
 
 
+@data_app.command("damping")
+@reported
+def data_damping(
+    labels: Annotated[Path, typer.Argument(help="Probes labelled at a level without dispersion.")],
+    reference: Annotated[Path, typer.Argument(help="The same pairs at a level that has it.")],
+) -> None:
+    """Fit the damping length of dispersion to curves of a better level."""
+    from bamboo import units
+    from bamboo.learn.damping import fit_damping
+    from bamboo.learn.evidence import answers_of_labels, curve_table, curves
+    from bamboo.quantum.dataset import read_frames
+
+    known = read_frames(reference)
+    fit = fit_damping(read_frames(labels), known)
+    sources = {"reference": curves(answers_of_labels(known)), "with dispersion": fit.curves}
+    print(curve_table(sources, "reference"))
+    print(f"a4 = {fit.damping_length / units.BOHR:.2f} bohr: {fit.rms:.2f} kcal/mol over {fit.n_points} points")
+
+
 @data_app.command("harvest")
 @reported
 def data_harvest(

@@ -93,7 +93,7 @@ def curves(answers: Mapping[str, Labels]) -> dict[str, Curve]:
     return {what: dict(sorted(curve.items())) for what, curve in sorted(found.items())}
 
 
-def _compared(what: str, coordinate: float) -> bool:
+def compared(what: str, coordinate: float) -> bool:
     """Tell whether a point counts: inside the repulsive wall all sources differ by much more than matters."""
     kind, _, who = what.partition(":")
     return kind != "pair" or coordinate >= (CLOSEST_LITHIUM if "Li" in who else CLOSEST)
@@ -107,7 +107,7 @@ def curve_table(sources: Mapping[str, Mapping[str, Curve]], reference: str) -> s
     others = _others(sources, reference)
     lines = [f"{'curve (kcal/mol)':<30s}{'points':>7s}{'lowest':>8s}" + _titles(others)]
     for what, truth in sources[reference].items():
-        counted = [x for x in truth if _compared(what, x)]
+        counted = [x for x in truth if compared(what, x)]
         row = f"{what:<30s}{len(counted):>7d}{min(truth.values()):>8.1f}"
         for name in others:
             curve = sources[name].get(what, {})
