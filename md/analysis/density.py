@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from bamboo import units
 from md.analysis.estimate import Estimate, format_time, no_value, with_precision_advice
-from md.analysis.statistics import MIN_EFFECTIVE_SAMPLES, equilibration_start, series_mean
+from md.analysis.statistics import MIN_EFFECTIVE_SAMPLES, equilibration_start, series_mean, variance_stderr
 from md.trajectory import ThermoSeries
 
 SHORTEST_PS = 50.0  # equilibrated time below which a liquid's density is never reported
@@ -40,7 +40,14 @@ def density(thermo: ThermoSeries) -> dict[str, Estimate]:
         return {name: no_value(reason, unit=unit, method=method) for name, unit in UNITS.items()}
     series = _fluctuations(thermo, start) | {"density": thermo.density_g_cm3[start:].T}
     results = {
-        name: _mean(series[name], unit=unit, interval_ps=interval_ps, discarded_ps=start * interval_ps, method=method)
+        name: _mean(
+            series[name],
+            unit=unit,
+            interval_ps=interval_ps,
+            discarded_ps=start * interval_ps,
+            method=method,
+            squares=name == "isothermal_compressibility",
+        )
         for name, unit in UNITS.items()
     }
     results["density"] = with_precision_advice(results["density"], length_ps=length_ps, target=0.005)
@@ -65,15 +72,18 @@ def _fluctuations(thermo: ThermoSeries, start: int) -> dict[str, NDArray[np.floa
     }
 
 
-def _mean(series: NDArray[np.float64], *, unit: str, interval_ps: float, discarded_ps: float, method: str) -> Estimate:
-    """Estimate of the mean of an equilibrated series, or the reason why it is too short."""
+def _mean(
+    series: NDArray[np.float64], *, unit: str, interval_ps: float, discarded_ps: float, method: str, squares: bool
+) -> Estimate:
+    """Estimate of the mean of an equilibrated series (of squares, or not), or the reason why it is too short."""
     mean = series_mean(series)
     length_ps = series.shape[1] * interval_ps
     independent_ps = mean.correlation_time * interval_ps
     needed_ps = max(SHORTEST_PS, MIN_EFFECTIVE_SAMPLES * independent_ps / len(series))
     notes = (f"first {format_time(discarded_ps)} discarded",) if discarded_ps > 0.0 else ()
     if mean.is_converged and length_ps >= SHORTEST_PS:
-        return Estimate(mean.value, mean.stderr, unit, mean.n_effective, method, notes)
+        stderr = variance_stderr(mean) if squares else mean.stderr
+        return Estimate(mean.value, stderr, unit, mean.n_effective, method, notes)
     reason = (
         f"not converged: {format_time(length_ps)} of equilibrium hold {mean.n_effective:.1f} independent samples, "
         f"needed are {MIN_EFFECTIVE_SAMPLES:.0f} and {format_time(SHORTEST_PS)}: "

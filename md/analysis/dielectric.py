@@ -6,7 +6,7 @@ import numpy as np
 
 from bamboo import units
 from md.analysis.estimate import Estimate, format_time, no_value, with_precision_advice
-from md.analysis.statistics import MIN_EFFECTIVE_SAMPLES, series_mean
+from md.analysis.statistics import MIN_EFFECTIVE_SAMPLES, series_mean, variance_stderr
 from md.topology import Topology
 from md.trajectory import ThermoSeries
 
@@ -43,7 +43,7 @@ def dielectric_constant(thermo: ThermoSeries, topology: Topology) -> dict[str, E
             f"{1.0 + fluctuation.value:.3g}"
         )
         return {NAME: no_value(reason, unit="", method=METHOD, n_effective=turns)}
-    estimate = Estimate(1.0 + fluctuation.value, fluctuation.stderr, "", fluctuation.n_effective, METHOD)
+    estimate = Estimate(1.0 + fluctuation.value, variance_stderr(fluctuation), "", fluctuation.n_effective, METHOD)
     return {NAME: with_precision_advice(estimate, length_ps=length_ps)}
 
 

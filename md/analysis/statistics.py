@@ -11,7 +11,7 @@ of the same state: they share one mean, so replicas that disagree widen the erro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import expm1, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,6 +85,18 @@ def series_mean(series: ArrayLike) -> SeriesMean:
     variance = float(x.var()) * (1.0 + 1.0 / n_effective)  # the sample mean took away 1 / n_effective of it
     widening = student_widening(x.size / (2 * window + 1))
     return SeriesMean(float(x.mean()), widening * sqrt(variance / n_effective), n_effective, 2.0 * tau)
+
+
+def variance_stderr(mean: SeriesMean) -> float:
+    """Return the error of a mean of squares [its unit], widened so that ±1.96 of it covers 95 %.
+
+    Variances from few samples scatter like chi-squared: those that come out low have low error bars too, and miss the
+    truth more often than one time in twenty. Their logarithms are nearly normal: half the interval is taken from the
+    upper end there, value (exp(1.96 stderr / value) - 1).
+    """
+    if not mean.value > 0.0:
+        return mean.stderr
+    return mean.value * expm1(NORMAL_95 * mean.stderr / mean.value) / NORMAL_95
 
 
 def equilibration_start(series: ArrayLike) -> int | None:
