@@ -9,12 +9,14 @@ from scipy.signal import lfilter
 from bamboo.errors import InputError
 from md.analysis.estimate import Estimate
 from md.analysis.statistics import (
+    SeriesMean,
     autocovariance,
     combine,
     equilibration_start,
     integrated_autocorrelation_time,
     series_mean,
     spread_stderr,
+    variance_stderr,
 )
 
 
@@ -129,3 +131,15 @@ def test_series_with_gaps_are_refused() -> None:
         series_mean([1.0, np.nan, 2.0])
     with pytest.raises(InputError, match="at least one sample"):
         series_mean(np.zeros((3, 0)))
+
+
+def test_error_of_a_variance_covers_its_skewness() -> None:
+    """Squares of a series of 30 correlation times: what comes out low has a low error and would miss the truth."""
+    plain, widened = [], []
+    for seed in range(500):
+        mean = series_mean(ornstein_uhlenbeck(600, tau=10.0, seed=seed) ** 2)
+        plain.append(abs(mean.value - 1.0) < 1.96 * mean.stderr)
+        widened.append(abs(mean.value - 1.0) < 1.96 * variance_stderr(mean))
+    assert np.mean(plain) < 0.925 and 0.93 < np.mean(widened) < 0.98
+    low = SeriesMean(0.5, 0.1, 50.0, 10.0)
+    assert 0.5 + 1.96 * variance_stderr(low) == pytest.approx(0.5 * exp(1.96 * 0.1 / 0.5), rel=1e-4)
