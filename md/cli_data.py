@@ -137,7 +137,7 @@ def data_lift(
     sources: Files,
     output: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
-    """Lift cheap labels to a better level by the difference of two models: E - E_base + E_tuned."""
+    """Lift cheap labels to a better level: E - E_base + E_tuned, without those that BASE does not explain."""
     from bamboo.checkpoint import describe, load
     from bamboo.learn.lift import LIFTED, lift_frames
     from bamboo.quantum.dataset import count_table, read_frames, write_frames
@@ -147,6 +147,7 @@ def data_lift(
         raise InputError(f"{tuned}: its card names {len(levels)} levels of theory, expected the one it was tuned to.")
     cheap = [frame for source in sources for frame in read_frames(source)]
     lifted = lift_frames(load(base), load(tuned), cheap, level=levels.pop(), progress=_tell)
+    print(f"{len(cheap) - len(lifted)} of {len(cheap)} frames left out: {base} does not explain their forces")
     write_frames(output, lifted, provenance={"base": Path(base).name, "tuned": Path(tuned).name})
     print(count_table(lifted))
 

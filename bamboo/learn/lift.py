@@ -8,6 +8,10 @@ the large set keeps what base cannot explain of it, and gains what tuned has lea
 charges and thus in their long-range electrostatics, and beyond that at short range only; each model brings its own
 electrostatics, so that the difference of the two is right from afar as well. Dispersion is subtracted from labels that
 contain it and is in no label of a level that contains none (``Labels.contains_dispersion``).
+
+What base cannot explain is small where the cheap label is sound. Where it is large, the label is not worth keeping:
+GFN2-xTB spreads an electron over two separated ions, which leaves residual forces of 4-7 kcal/mol/Å, while a tuned
+model alone is within 1 kcal/mol/Å of B3LYP for the same frames.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +26,7 @@ from bamboo.quantum.dataset import Frame
 from bamboo.quantum.labels import Labels
 
 LIFTED = "; lifted"  # ends the level of a lifted label
+UNEXPLAINED, UNEXPLAINED_SHARE = 0.13, 0.1  # eV/Å and of the RMS force: frames beyond both are left out
 
 
 def predict(force_field: ForceField, frame: Frame, *, level: str) -> Labels:
@@ -48,14 +53,18 @@ def lift_frames(
     level: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Frame]:
-    """Return cheap frames with lifted labels.
+    """Return cheap frames with lifted labels, without those whose forces ``base`` does not explain.
 
     level  of the labels that ``tuned`` learnt from; the lifted ones are marked as such
     """
     lifted = []
     for index, frame in enumerate(cheap):
+        if progress is not None:
+            progress(index + 1, len(cheap))
         label = frame.labels
         low, high = predict(base, frame, level=label.level), predict(tuned, frame, level=level)
+        if label.forces is not None and low.forces is not None and _unexplained(label.forces, low.forces):
+            continue
         labels = replace(
             high,
             level=level + LIFTED,
@@ -64,9 +73,12 @@ def lift_frames(
             virial=_shifted(label.virial, low.virial, high.virial),
         )
         lifted.append(replace(frame, labels=labels))
-        if progress is not None:
-            progress(index + 1, len(cheap))
     return lifted
+
+
+def _unexplained(label: NDArray[np.float64], prediction: NDArray[np.float64]) -> bool:
+    residual, size = np.sqrt(np.mean((label - prediction) ** 2)), np.sqrt(np.mean(label**2))
+    return bool(residual > max(UNEXPLAINED, UNEXPLAINED_SHARE * size))
 
 
 def _shifted(

@@ -29,7 +29,7 @@ def frames(level: str, energy: float) -> list[Frame]:
     for k in range(4):
         positions = round_positions(molecule("EC").positions + generator.normal(scale=0.02, size=(10, 3)))
         system = System(molecule("EC").numbers, positions, np.zeros((3, 3)), False, 0.0)
-        made.append(Frame(system, Labels(level, energy, np.ones((10, 3))), "neutral", "dynamics", f"run-{k}"))
+        made.append(Frame(system, Labels(level, energy, np.full((10, 3), 0.01)), "neutral", "dynamics", f"run-{k}"))
     return made
 
 

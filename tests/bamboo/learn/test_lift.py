@@ -72,7 +72,7 @@ def test_prediction_is_the_model_less_the_dispersion_that_a_level_has_not(system
 @pytest.mark.parametrize("system", [CLUSTER, BOX], ids=["cluster", "box"])
 def test_what_the_base_cannot_explain_is_kept(system: System) -> None:
     base, tuned = force_field(2), force_field(3)
-    forces = np.arange(12.0).reshape(4, 3)
+    forces = 0.01 * np.arange(12.0).reshape(4, 3)
     low, high = output(base, system), predict(tuned, frame(system), level=GOOD)
     cheap = frame(system, energy=float(low.energy) + 5.0, forces=low.forces.numpy() + forces)
     (lifted,) = lift_frames(base, tuned, [cheap], level=GOOD)
@@ -84,6 +84,21 @@ def test_what_the_base_cannot_explain_is_kept(system: System) -> None:
         np.testing.assert_allclose(labels.virial, high.virial + 0.1 - low.virial[0].numpy(), atol=1e-9)
     assert labels.level == f"{GOOD}; lifted" and not labels.contains_dispersion
     assert (lifted.kind, lifted.trajectory) == (cheap.kind, cheap.trajectory)
+
+
+def test_labels_that_the_base_does_not_explain_are_left_out() -> None:
+    base, tuned = force_field(2), force_field(3)
+    close = POSITIONS.copy()
+    close[3] = [0.0, 0.0, 0.82]  # lithium in the wall of oxygen: forces far above 1.4 eV/Å
+    for system, residuals in ((CLUSTER, (0.12, 0.14)), (replace(CLUSTER, positions=close), (0.14, None))):
+        forces = output(base, system).forces.numpy()
+        sound, unexplained = residuals
+        assert len(lift_frames(base, tuned, [frame(system, forces=forces + sound)], level=GOOD)) == 1
+        size = np.sqrt(np.mean(forces**2))
+        beyond = 0.12 * size if unexplained is None else unexplained
+        assert (size > 1.4) == (unexplained is None)
+        signs = np.resize([1.0, -1.0], forces.shape)
+        assert len(lift_frames(base, tuned, [frame(system, forces=forces + beyond * signs)], level=GOOD)) == 0
 
 
 def test_absent_labels_stay_absent() -> None:
