@@ -86,13 +86,33 @@ def build(
 @app.command()
 @reported
 def analyze(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folder of a run, or files of trajectories.")],
+    interval: Annotated[str | None, typer.Option(help="Files: time between frames, '1 ps'.")] = None,
+    temperature: Annotated[str | None, typer.Option(help="Files: '298 K'.")] = None,
+    ensemble: Annotated[str, typer.Option(help="Files: nve, nvt, langevin or npt.")] = "nvt",
+    structure: Annotated[Path | None, typer.Option(help="Files: structure with elements, if they lack them.")] = None,
+    charges: Annotated[str, typer.Option(help="Files: formal, or file, those in it.")] = "formal",
+    molecule: Annotated[list[str] | None, typer.Option(help="Files: NAME=SMILES of what has no name yet.")] = None,
+    since: Annotated[str, typer.Option(help="Files: leave out what comes before.")] = "0 ps",
+    folder: Annotated[Path | None, typer.Option(help="Files: where results go; default: NAME-analysis.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the properties of a run again from its trajectories; writes properties.json and figures."""
-    from md.workflows import analyse_folder
+    """Compute properties again from trajectories; writes properties.json and figures.
 
-    properties, table = analyse_folder(folder)
+    RUN is the folder of a run, finished or not; or trajectories of other programs (LAMMPS dump, DCD, XTC, extended XYZ,
+    whatever ASE reads), one file per replica, of molecules that are known by name.
+    """
+    if len(paths) == 1 and paths[0].is_dir():
+        from md.workflows import analyse_folder
+
+        properties, table = analyse_folder(paths[0])
+    else:
+        from md.foreign import analyse_files, define_molecules, file_options
+
+        options = file_options(interval, temperature=temperature, ensemble=ensemble, charges=charges, since=since)
+        define_molecules(molecule or [])
+        target = folder or paths[0].with_name(f"{paths[0].stem}-analysis")
+        properties, table = analyse_files(paths, target, structure=structure, **options)
     if as_json:
         _print_json({name: estimate.to_dict() for name, estimate in properties.items()})
     else:

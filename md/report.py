@@ -30,10 +30,24 @@ def write_figures(folder: RunFolder, config: RunConfig, properties: dict[str, Es
     if data is not None and data.thermo.n_samples > 1 and data.thermo.ensemble.transport_objection is None:
         figures["viscosity"] = viscosity_figure(data.thermo, properties.get("viscosity"))
     if data is not None and min(trajectory.n_frames for trajectory in data.trajectories) > 2:
-        figures["msd"] = msd_figure(data)
-        topology = data.trajectories[0].topology
-        if has_element(topology, "O"):
-            figures |= {f"rdf-{cation}-O": rdf_figure(data, cation) for cation in monatomic_cations(topology)}
+        figures |= _of_frames(data)
+    return _saved(folder, figures)
+
+
+def frame_figures(folder: RunFolder, data: StageData) -> list[Path]:
+    """Draw what frames alone support and return the files."""
+    return _saved(folder, _of_frames(data))
+
+
+def _of_frames(data: StageData) -> dict[str, Figure]:
+    topology = data.trajectories[0].topology
+    figures = {"msd": msd_figure(data)}
+    if has_element(topology, "O"):
+        figures |= {f"rdf-{cation}-O": rdf_figure(data, cation) for cation in monatomic_cations(topology)}
+    return figures
+
+
+def _saved(folder: RunFolder, figures: dict[str, Figure]) -> list[Path]:
     folder.figures.mkdir(exist_ok=True)
     paths = []
     for name, figure in figures.items():

@@ -111,13 +111,14 @@ def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
     if n_frames < FEWEST_FRAMES:
         reason = f"{data.name} holds {n_frames} frames of equilibrium, too few for any analysis: run longer"
         return properties | {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
-    measured = _production_properties(asked, data)
+    measured = production_properties(asked, data)
     if data.note is not None:
         measured = {name: e if e.value is None else e.with_warning(data.note) for name, e in measured.items()}
-    return properties | _long_enough(measured, data)
+    return properties | long_enough(measured, data)
 
 
-def _production_properties(asked: set[str], data: StageData) -> dict[str, Estimate]:
+def production_properties(asked: set[str], data: StageData) -> dict[str, Estimate]:
+    """Return the properties that a stage at constant volume gives: transport, structure, dielectric constant."""
     properties: dict[str, Estimate] = {}
     temperature_K = float(data.thermo.temperature_K.mean())
     eta = _or_reason("viscosity", "mPa s", lambda: viscosity(data.thermo)) if asked & TRANSPORT else {}
@@ -145,7 +146,7 @@ def _production_properties(asked: set[str], data: StageData) -> dict[str, Estima
     return properties
 
 
-def _long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, Estimate]:
+def long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, Estimate]:
     """Withdraw what comes from a stage shorter than ``SHORTEST_PS``: statistics cannot see motions slower than a run.
 
     A shell around an ion lives for 10 ps and more; before that, any average shows how the box was packed.

@@ -27,7 +27,7 @@ from bamboo.system import Batch
 from md.analysis.estimate import Estimate, format_time, no_value
 from md.config import RunConfig, load_config
 from md.model import Model
-from md.results import StageData, _long_enough, _production_properties, property_table, stage_data
+from md.results import StageData, long_enough, production_properties, property_table, stage_data
 from md.run_folder import RunFolder, differences
 from md.trajectory import THERMO, Ensemble, ThermoSeries
 from md.workflows import run
@@ -218,12 +218,12 @@ def test_what_a_short_stage_gives_is_withdrawn_and_a_long_one_kept() -> None:
     value = Estimate(1.0, 0.1, "mPa s", 30.0, "Green-Kubo")
     none = no_value("no ions", unit="mS/cm", method="")
     series = SimpleNamespace(time_ps=np.array([0.0, 49.0]))
-    short = _long_enough({"viscosity": value, "conductivity": none}, SimpleNamespace(thermo=series, name="04-nvt"))
+    short = long_enough({"viscosity": value, "conductivity": none}, SimpleNamespace(thermo=series, name="04-nvt"))
     assert short["viscosity"].value is None
     assert short["viscosity"].warnings[0].startswith("not converged: 04-nvt lasted 49 ps, a liquid needs at least")
     assert short["conductivity"] is none
     series.time_ps[-1] = 51.0
-    assert _long_enough({"viscosity": value}, SimpleNamespace(thermo=series, name="04-nvt")) == {"viscosity": value}
+    assert long_enough({"viscosity": value}, SimpleNamespace(thermo=series, name="04-nvt")) == {"viscosity": value}
 
 
 def test_the_property_table_groups_reasons() -> None:
@@ -404,7 +404,7 @@ def test_the_dielectric_constant_is_among_the_properties_of_a_run(finished: tupl
     folder, _ = finished
     data = stage_data(RunFolder(folder), RunFolder(folder).read_config(), suits=lambda stage: True)
     assert data is not None
-    estimate = _production_properties({"dielectric"}, data)["dielectric_constant"]
+    estimate = production_properties({"dielectric"}, data)["dielectric_constant"]
     assert "dipole is zero" in estimate.warnings[0]  # springs have no charges
-    assert "dielectric" in json.loads((folder / "properties.json").read_text())
+    assert any(name.startswith("dielectric") for name in json.loads((folder / "properties.json").read_text()))
     assert "10.1080/00268978300102721" in (folder / "CITATIONS.bib").read_text()
