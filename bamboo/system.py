@@ -162,4 +162,5 @@ class Batch:
     @property
     def atoms_per_system(self) -> torch.Tensor:
         """Number of atoms of each system, (n_systems,)."""
-        return torch.bincount(self.system_index, minlength=self.n_systems)
+        counts = self.system_index.new_zeros(self.n_systems)  # torch.bincount would make the host wait for a GPU
+        return counts.index_add_(0, self.system_index, torch.ones_like(self.system_index))

@@ -74,6 +74,8 @@ def bench(parts: tuple[str, ...], *, model: str, largest: int = 100_000, device:
             yield from _model(force_field, (1000, 4100, largest), device)
         elif part == "md":
             yield from _md(force_field, device)
+            if device == "cuda":
+                yield from _replicas(force_field, device)
         elif part == "training":
             yield from _training(force_field.config.network)
         else:
@@ -122,7 +124,7 @@ def seconds(action: Callable[[], object], *, repeats: int, device: str = "cpu") 
 
 
 def _evaluation(force_field: ForceField, system: System, engine: str, device: str, *, repeats: int) -> float:
-    evaluator, batch = Evaluator(force_field, engine=engine, device=device), Batch.from_systems([system])
+    evaluator, batch = Evaluator(force_field, engine=engine, device=device), Batch.from_systems([system], device=device)
     evaluator.evaluate(batch)  # lists, tables, caches
     return seconds(lambda: evaluator.evaluate(batch), repeats=repeats, device=device)
 
@@ -155,16 +157,22 @@ def _model(force_field: ForceField, sizes: tuple[int, ...], device: str) -> Iter
         yield Measurement("model", f"against {PUBLISHED_SECONDS} s per 4116 atoms (published, another run)", ratio, "x")
 
 
-def _md(force_field: ForceField, device: str, *, n_atoms: int = 1000, block: int = 40) -> Iterator[Measurement]:
-    found = realise(parse_composition(ELECTROLYTE), n_atoms=n_atoms)
-    system = pack_box(found.counts, density_g_cm3=DENSITY_G_CM3, seed=1)
-    evaluator = Evaluator(force_field, device=device)
-    state = MDState.from_systems([system], temperature_K=300.0, seed=1, device=device)
+def _liquid(evaluator: Evaluator, system: System, n_replicas: int = 1) -> tuple[MDState, StochasticVelocityRescaling]:
+    """Return replicas of a packed box that have begun to move as a liquid does, and what moves them."""
+    state = MDState.from_systems([system] * n_replicas, temperature_K=300.0, seed=1, device=evaluator.device)
     integrator = StochasticVelocityRescaling(timestep_fs=0.5, temperature_K=300.0)
     minimise(state, evaluator, max_steps=80)  # atoms of a liquid as packed are too fast for their neighbour lists
     state.draw_momenta(300.0)
     Simulation(state, evaluator, integrator=integrator).run(200)
-    batch = Batch.from_systems(state.systems())
+    return state, integrator
+
+
+def _md(force_field: ForceField, device: str, *, block: int = 40) -> Iterator[Measurement]:
+    found = realise(parse_composition(ELECTROLYTE), n_atoms=1000 if device == "cpu" else 4116)
+    system = pack_box(found.counts, density_g_cm3=DENSITY_G_CM3, seed=1)
+    evaluator = Evaluator(force_field, device=device)
+    state, integrator = _liquid(evaluator, system)
+    batch = Batch.from_systems(state.systems(), device=device)
     evaluator.reset()
     evaluator.evaluate(batch)
     alone = seconds(lambda: [evaluator.evaluate(batch) for _ in range(block)], repeats=8, device=device) / block
@@ -178,8 +186,21 @@ def _md(force_field: ForceField, device: str, *, n_atoms: int = 1000, block: int
         frames.close()
         thermo.close()
     yield Measurement("md", f"{evaluator.engine}, {system.n_atoms} atoms, one NVT step with recording", step, "s")
+    yield Measurement("md", "the same, steps per second", 1.0 / step, "1/s")
     yield Measurement("md", "step against evaluation with lists at hand", step / alone, "x")
     yield Measurement("md", "simulated time at 1 fs", 86400.0 / step * 1.0e-6, "ns/day")
+
+
+def _replicas(force_field: ForceField, device: str, *, n_replicas: int = 64, block: int = 40) -> Iterator[Measurement]:
+    """Many small boxes in one batch, which only together fill a GPU."""
+    found = realise(parse_composition(ELECTROLYTE), n_atoms=1000)
+    system = pack_box(found.counts, density_g_cm3=DENSITY_G_CM3, seed=1)
+    evaluator = Evaluator(force_field, device=device)
+    state, integrator = _liquid(evaluator, system, n_replicas)
+    simulation = Simulation(state, evaluator, integrator=integrator)
+    step = seconds(lambda: simulation.run(block), repeats=4, device=device) / block
+    what = f"{evaluator.engine}, {n_replicas} replicas of {system.n_atoms} atoms, atom-steps"
+    yield Measurement("md", what, n_replicas * system.n_atoms / step, "1/s")
 
 
 def training_frames() -> list[Frame]:

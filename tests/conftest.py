@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Triton reads it when it is first imported, and several libraries import it: here, before any test module is
 if not torch.cuda.is_available():
@@ -128,6 +129,24 @@ def make_force_field() -> Callable[..., Any]:
         return field.eval()
 
     return make
+
+
+class WithoutHost(TorchDispatchMode):
+    """Refuse what makes the host wait for the device, or copies from it: a CUDA graph cannot hold such steps."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "repeat_interleave", "lift")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not function.__name__.startswith(self.FORBIDDEN), function.__name__
+        indices = args[1] if function.__name__.startswith("index.") else []
+        assert all(index is None or index.dtype != torch.bool for index in indices), "indexing with a mask"
+        return function(*args, **kwargs or {})
+
+
+@pytest.fixture(scope="session")
+def without_host() -> type[WithoutHost]:
+    """Return the context in which nothing may wait for the device."""
+    return WithoutHost
 
 
 @pytest.fixture(scope="session")

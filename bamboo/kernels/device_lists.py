@@ -7,6 +7,7 @@ import torch
 
 from bamboo.system import Batch
 
+CANDIDATES = 2**24  # so many pairs, roughly, are looked at in one go: 2.5 GB
 SPARE = 1.2  # room for this many times the pairs of the first list
 
 
@@ -60,29 +61,32 @@ def find_pairs(batch: Batch, reach: torch.Tensor) -> tuple[torch.Tensor, torch.T
     wraps = wraps.long()
 
     def number(at: torch.Tensor) -> torch.Tensor:
-        return grid.first[system] + (at[:, 0] * bins[:, 1] + at[:, 1]) * bins[:, 2] + at[:, 2]
+        rows = at[..., 0] * bins[:, None, 1] + at[..., 1]
+        return grid.first[system, None] + rows * bins[:, None, 2] + at[..., 2]
 
-    own_bin = number(place)
+    own_bin = number(place[:, None])[:, 0]
     order = own_bin.argsort(stable=True)
     occupants = torch.bincount(own_bin, minlength=grid.total)
     first_in_bin = occupants.cumsum(0) - occupants
+    ways = list(product(*(range(-most, most + 1) for most in grid.steps.amax(0).tolist())))
+    at_once = max(1, CANDIDATES // int(occupants.square().sum()))
     found = []
-    for step in product(*(range(-most, most + 1) for most in grid.steps.amax(0).tolist())):
-        away = torch.tensor(step, device=place.device)
-        target = place + away
-        image = torch.div(target, bins, rounding_mode="floor")
-        exists = ((periodic | (image == 0)) & (away.abs() <= grid.steps[system])).all(1)
-        there = torch.where(exists, number(target - image * bins), 0)
-        count = occupants[there] * exists
-        i = torch.repeat_interleave(count)
-        within = torch.arange(len(i), device=i.device) - (count.cumsum(0) - count)[i]
-        j = order[first_in_bin[there[i]] + within]
-        shift = image[i] + wraps[i] - wraps[j]
+    for away in torch.tensor(ways, device=place.device).split(at_once):  # (m, 3): to the bins so far away
+        target = place[:, None] + away
+        image = torch.div(target, bins[:, None], rounding_mode="floor")
+        exists = ((periodic[:, None] | (image == 0)) & (away.abs() <= grid.steps[system, None])).all(2)
+        there = torch.where(exists, number(target - image * bins[:, None]), 0)
+        count = (occupants[there] * exists).flatten()
+        visit = torch.repeat_interleave(count)  # of an atom to a bin; one for each atom that may be met there
+        within = torch.arange(len(visit), device=visit.device) - (count.cumsum(0) - count)[visit]
+        i, j = visit // len(away), order[first_in_bin[there.flatten()[visit]] + within]
+        shift = image.view(-1, 3)[visit] + wraps[i] - wraps[j]
         vector = batch.positions[j] - batch.positions[i]
         vector += torch.einsum("pa,pab->pb", shift.to(vector.dtype), batch.cell[system[i]])
         near = vector.square().sum(1) < reach[system[i]].square()
         near &= (i != j) | (shift != 0).any(1)
-        found.append((i[near].int(), j[near].int(), shift[near].short()))
+        kept = near.nonzero().flatten()
+        found.append((i[kept].int(), j[kept].int(), shift[kept].short()))
     i, j, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = i.argsort(stable=True)
     return i[order], j[order], shift[order]

@@ -9,7 +9,7 @@ import torch
 
 from bamboo.errors import InputError
 from bamboo.forcefield import ForceField, ForceFieldOutput
-from bamboo.kernels.native import ClosestPair, EngineUnavailableError, NativeEngine, library
+from bamboo.kernels.native import EngineUnavailableError, NativeEngine, library
 from bamboo.neighbors import Neighbors, find_neighbors, trim
 from bamboo.nn.radial import safe_norm
 from bamboo.system import Batch
@@ -22,11 +22,18 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def layout(self) -> int | None:
+        """A number for where lists and buffers lie, for captured graphs; None where an evaluation needs the host."""
+
     def rebuild(self, batch: Batch, skin: float) -> None:
         """Build the lists; they must hold while no atom moves more than half the skin [Å]."""
 
-    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
-        """Return the output and the closest pair within the network's cutoff."""
+    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, torch.Tensor]:
+        """Return the output and the closest pair within the network's cutoff.
+
+        The pair is (distance [Å], i, j), float64 on the device; j = -1 where there is none.
+        """
 
     def reset(self) -> None:
         """Forget everything that depends on the past."""
@@ -36,6 +43,7 @@ class ReferenceEngine:
     """Plain torch on any device: ``ForceField.forward`` and autograd."""
 
     name = "reference"
+    layout = None
 
     def __init__(self, force_field: ForceField) -> None:
         self.force_field = force_field
@@ -48,16 +56,16 @@ class ReferenceEngine:
     def rebuild(self, batch: Batch, skin: float) -> None:
         self._neighbors = find_neighbors(batch, *self.cutoffs, skin=skin)
 
-    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
+    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, torch.Tensor]:
         if self._neighbors is None:
             raise RuntimeError("rebuild comes before evaluate")
         neighbors = trim(self._neighbors, batch, *self.cutoffs)
-        closest = ClosestPair()
+        closest = batch.positions.new_tensor([torch.inf, -1.0, -1.0])
         if neighbors.edges.index.shape[1]:
             vectors = neighbors.edges.vectors(batch.positions, batch.cell, system_index=batch.system_index)
             distance = safe_norm(vectors)
-            edge = int(distance.argmin())
-            closest = ClosestPair(float(distance[edge]), *neighbors.edges.index[:, edge].tolist())
+            edge = distance.argmin(keepdim=True)
+            closest = torch.cat([distance[edge].double(), neighbors.edges.index[:, edge].flatten().double()]).detach()
         output: ForceFieldOutput = self.force_field(batch, neighbors)
         return output, closest
 

@@ -7,7 +7,6 @@ reference to rounding. Radial features and the real-space Coulomb function are t
 import ctypes
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from bamboo import units
 from bamboo.elements import COVALENT_RADII
+from bamboo.errors import BambooError
 from bamboo.forcefield import ForceField, ForceFieldOutput
 from bamboo.kernels.mesh import MeshPlan
 from bamboo.neighbors import check_density
@@ -34,16 +34,7 @@ COULOMB_TABLE = (1024, 5)
 INTERFACE = 1  # of the library, source/native.cpp
 
 
-@dataclass(frozen=True)
-class ClosestPair:
-    """The two nearest atoms of a batch and their distance [Å]; infinite where no pair is within the cutoff."""
-
-    distance: float = np.inf
-    i: int = -1
-    j: int = -1
-
-
-class EngineUnavailableError(Exception):
+class EngineUnavailableError(BambooError):
     """The engine cannot work here or for this model; the message is one line for the user."""
 
 
@@ -210,6 +201,7 @@ class NativeEngine:
     """
 
     name = "native"
+    layout = None
 
     def __init__(self, force_field: ForceField) -> None:
         self.force_field = force_field
@@ -249,7 +241,7 @@ class NativeEngine:
                 )
             )  # fmt: skip
 
-    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
+    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, torch.Tensor]:
         """Return the output and the closest pair. Parameters that were changed (training) are packed anew."""
         if self._packed != fingerprint(self.force_field):
             self.rebuild(batch, self._skin)
@@ -257,15 +249,15 @@ class NativeEngine:
         forces, charges = np.empty((n_atoms, 3)), np.empty(n_atoms)
         virial, dipole = np.zeros((n_systems, 3, 3)), np.zeros((n_systems, 3))
         totals, tail, reference = np.zeros((n_systems, 6)), np.zeros(n_systems), np.zeros(n_systems)
-        closest = ClosestPair()
+        closest = np.array([np.inf, -1.0, -1.0])
         start = 0
         for index, (system, part) in enumerate(zip(self._systems, _split(batch), strict=True)):
             end = start + len(part.numbers)
             nearest = self._evaluate_one(
                 system, part, totals[index], charges[start:end], forces[start:end], virial[index], dipole[index]
             )
-            if nearest.distance < closest.distance:
-                closest = ClosestPair(nearest.distance, nearest.i + start, nearest.j + start)
+            if 0.0 <= nearest[0] < closest[0]:  # negative where there is no pair
+                closest = nearest + np.array([0.0, start, start])
             if part.pbc:
                 tail[index] = system.tail / abs(np.linalg.det(part.cell))
                 virial[index] += tail[index] * np.eye(3)
@@ -286,7 +278,7 @@ class NativeEngine:
             raw_charge=torch.from_numpy(totals[:, 5].copy()),
             terms=terms,
         )
-        return output, closest
+        return output, torch.from_numpy(closest)
 
     def _evaluate_one(
         self,
@@ -297,7 +289,7 @@ class NativeEngine:
         forces: NDArray[np.float64],
         virial: NDArray[np.float64],
         dipole: NDArray[np.float64],
-    ) -> ClosestPair:
+    ) -> NDArray[np.float64]:
         native, threads = library(), _threads(len(part.numbers))
         nearest = np.empty(3)
         _check(
@@ -322,7 +314,7 @@ class NativeEngine:
                 charges.ctypes.data, forces.ctypes.data, virial.ctypes.data, dipole.ctypes.data, threads,
             )
         )  # fmt: skip
-        return ClosestPair(float(nearest[0]), int(nearest[1]), int(nearest[2])) if nearest[0] >= 0 else ClosestPair()
+        return nearest
 
 
 class _Part:

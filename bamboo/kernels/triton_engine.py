@@ -15,9 +15,10 @@ import torch
 from bamboo import units
 from bamboo.forcefield import ForceField, ForceFieldOutput
 from bamboo.kernels import triton_pairs as pairs
+from bamboo.kernels.capture import captured
 from bamboo.kernels.device_lists import Rows
 from bamboo.kernels.mesh import MeshPlan, TorchMesh
-from bamboo.kernels.native import ClosestPair, EngineUnavailableError, fingerprint, tables
+from bamboo.kernels.native import EngineUnavailableError, fingerprint, tables
 from bamboo.kernels.triton_network import INTERPRETED, Edges, Network, launch
 from bamboo.neighbors import check_density
 from bamboo.system import Batch
@@ -106,6 +107,10 @@ class _Plan:
         names = ("numbers", "system_index", "pbc")
         return all(torch.equal(getattr(self.batch, name), getattr(batch, name)) for name in names)
 
+    def forget(self) -> None:
+        """Choose the meshes anew when the next lists are built, without regard to the present ones."""
+        self.meshes = [MeshPlan() for _ in self.meshes]
+
     def build_lists(self, batch: Batch, skin: float) -> bool:
         """Find the neighbours anew; return whether a tensor had to be replaced."""
         config = self.force_field.config
@@ -158,7 +163,8 @@ class _Plan:
         self._coulomb(positions, cell, charges, ledger)
         potential = ledger[pairs.POTENTIAL.value]  # a view: the mesh adds its part
         electrostatic = system_sum(0.5 * charges * potential, system, n_systems)
-        reciprocal, virial = self._add_mesh(positions, cell, charges, ledger)
+        inverse, volume = _inverse_and_volume(cell)
+        reciprocal, virial = self._add_mesh(positions, inverse, volume, charges, ledger)
 
         # E_chi = sum chi^2 q + J^2 q^2; dE/dq = phi + chi^2 + 2 J^2 q, then back through the shift and the bound
         chi_square, hardness = self.chi_square, self.hardness
@@ -178,7 +184,7 @@ class _Plan:
             ledger[pairs.REPULSION.value], *(charges * positions.T), *ledger[virials : virials + 6],
         ], dim=1)  # fmt: skip
         total = system_sum(per_atom, system, n_systems)
-        tail = self.tail / torch.where(batch.pbc, _inverse_and_volume(cell)[1], 1.0)
+        tail = self.tail / torch.where(batch.pbc, volume, 1.0)
         parts = torch.stack(
             [total[:, 0], electrostatic + reciprocal, total[:, 1], total[:, 2] + tail, total[:, 3], self.reference]
         )
@@ -229,8 +235,9 @@ class _Plan:
         )  # fmt: skip
 
     def _add_mesh(
-        self, positions: torch.Tensor, cell: torch.Tensor, charges: torch.Tensor, ledger: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, positions: torch.Tensor, inverses: torch.Tensor, volumes: torch.Tensor, charges: torch.Tensor,
+        ledger: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Add the reciprocal part of the boxes with self term and neutralising background, at fixed charges.
 
         Adds potential and force of each atom to the ledger; returns energy (n_systems,) and virial (n_systems, 3, 3).
@@ -238,7 +245,7 @@ class _Plan:
         batch, alpha = self.batch, self.tables.alpha
         energy, virial = positions.new_zeros(batch.n_systems), positions.new_zeros(batch.n_systems, 3, 3)
         for boxes in self.boxes:
-            inverse, volume = _inverse_and_volume(cell[boxes.systems])
+            inverse, volume = inverses[boxes.systems], volumes[boxes.systems]
             q = charges[boxes.atoms]
             waves, wave_virial, potential, gradient = boxes.mesh(
                 q, positions[boxes.atoms], boxes.box_of, inverse=inverse, volume=volume
@@ -270,7 +277,7 @@ class TritonEngine:
         if network.channels & (network.channels - 1) or network.heads & (network.heads - 1):
             raise EngineUnavailableError("no kernel for this number of channels and heads: both must be powers of two")
         self.force_field = force_field
-        self._skin = 0.0
+        self._skin, self._layout, self._listed = 0.0, 0, False
         self._pack()
 
     def _pack(self) -> None:
@@ -278,12 +285,19 @@ class TritonEngine:
         with torch.no_grad():
             self._tables = _Tables(self.force_field)
             self._network = Network(self.force_field, self._tables.feature)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget lists, meshes and the captured graph."""
         self._plan: _Plan | None = None
         self._graph: _Graph | None = None
+
+    def reset(self) -> None:
+        """Forget lists and meshes; what is captured stays, for new lists go where the old ones were."""
+        self._listed = False
+        if self._plan is not None:
+            self._plan.forget()
+
+    @property
+    def layout(self) -> int | None:
+        """A number for where the lists and meshes lie; None while they are not at hand."""
+        return self._layout if self._listed and self._packed == fingerprint(self.force_field) else None
 
     @torch.no_grad()
     def rebuild(self, batch: Batch, skin: float) -> None:
@@ -296,25 +310,29 @@ class TritonEngine:
             batch.atoms_per_system[batch.pbc].tolist(), batch.cell[batch.pbc].cpu().numpy(), strict=True
         ):
             check_density(size, cell, reach)
-        if self._plan is None or not self._plan.fits(batch):
-            self.reset()
+        renewed = self._plan is None or not self._plan.fits(batch)
+        if self._plan is None or renewed:
             self._plan = _Plan(self.force_field, self._tables, self._network, batch)
         moved, remeshed = self._plan.build_lists(batch, skin), self._plan.build_meshes(batch)
-        if moved or remeshed:
+        if renewed or moved or remeshed:
+            self._layout += 1
             self._graph = None
+        self._listed = True
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, ClosestPair]:
-        """Return the output and the closest pair. Parameters that were changed (training) are packed anew."""
+    def evaluate(self, batch: Batch) -> tuple[ForceFieldOutput, torch.Tensor]:
+        """Return the output and the closest pair. Parameters that were changed (training) are packed anew.
+
+        On a GPU this is the replay of a graph, or, inside the capture of a larger one, a part of that.
+        """
         if self._packed != fingerprint(self.force_field):
             self.rebuild(batch, self._skin)
-        if self._plan is None:
+        if self._plan is None or not self._listed:
             raise RuntimeError("rebuild comes before evaluate")
         moving = tuple(value.contiguous() for value in (batch.positions, batch.cell, batch.total_charge))
-        if batch.positions.is_cuda:
-            with torch.cuda.device(batch.positions.device):
-                self._graph = self._graph or _Graph(self._plan, moving)
-                parts, values, closest = self._graph.replay(moving)
+        if batch.positions.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._graph = self._graph or _Graph(self._plan, moving)
+            parts, values, closest = self._graph.replay(moving)
         else:
             parts, values, closest = self._plan.compute(*moving)
         names = ["network", "electrostatic", "electronegativity", "dispersion", "repulsion", "reference"]
@@ -326,37 +344,35 @@ class TritonEngine:
             energy=parts.sum(0), forces=forces, virial=virial, charges=charges, dipole=dipole, raw_charge=raw_charge,
             terms=terms,
         )  # fmt: skip
-        distance, i, j = closest.tolist()  # the one place where the host waits
-        return output, ClosestPair(distance, int(i), int(j)) if j >= 0 else ClosestPair()
+        return output, closest
 
 
 class _Graph:
     """One evaluation captured as a CUDA graph: it reads and writes tensors that stay in place."""
 
     def __init__(self, plan: _Plan, moving: tuple[torch.Tensor, ...]) -> None:
-        self._moving = tuple(value.clone() for value in moving)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and lets the libraries allocate what they need
-            for _ in range(2):
-                plan.compute(*self._moving)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = plan.compute(*self._moving)
+        self._plan, self._moving = plan, tuple(value.clone() for value in moving)
+        self._replay = captured(self._compute, moving[0].device)
+
+    def _compute(self) -> None:
+        self._results = self._plan.compute(*self._moving)
 
     def replay(self, moving: tuple[torch.Tensor, ...]) -> _Results:
         """Return copies of what the evaluation gives for new positions, cells and total charges."""
         for static, value in zip(self._moving, moving, strict=True):
             static.copy_(value)
-        self._graph.replay()
+        self._replay()
         parts, values, closest = self._results
-        return parts.clone(), tuple(value.clone() for value in values), closest
+        return parts.clone(), tuple(value.clone() for value in values), closest.clone()
 
 
 def _inverse_and_volume(cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows b_d (R, 3, 3) for which b_d . r is the coordinate along cell vector d, and the volume (R,)."""
+    """Return the rows b_d (R, 3, 3) for which b_d . r is the coordinate along cell vector d, and the volume (R,).
+
+    Without a cell the rows are not numbers.
+    """
     a, b, c = cell.unbind(1)
-    cross = torch.linalg.cross
-    signed = (a * cross(b, c)).sum(1)
-    return torch.stack([cross(b, c), cross(c, a), cross(a, b)], dim=1) / signed[:, None, None], signed.abs()
+    across_a = torch.linalg.cross(b, c)
+    signed = (a * across_a).sum(1)
+    across = torch.stack([across_a, torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=1)
+    return across / signed[:, None, None], signed.abs()

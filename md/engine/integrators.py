@@ -63,9 +63,13 @@ class Integrator(ABC):
         """Return the integrator's own variables at the start of a stage, each (R, ...)."""
         return {}
 
+    def is_steady(self, time: float) -> bool:
+        """Tell whether all steps from a time [internal units] of the stage on are the same operations."""
+        return True
+
     @abstractmethod
     def propagate(self, state: MDState, evaluator: Evaluator) -> None:
-        """Apply the operators of one timestep."""
+        """Apply the operators of one timestep; nothing in it may need a number from the device (``stepper.py``)."""
 
     @abstractmethod
     def conserved_energy(self, state: MDState) -> torch.Tensor:
@@ -106,6 +110,9 @@ class Thermostat(Integrator):
     @property
     def thermostat_time(self) -> float:
         return self.thermostat_time_fs * FEMTOSECOND
+
+    def is_steady(self, time: float) -> bool:
+        return self.ramp_ps is None or time >= self.ramp_ps * PICOSECOND
 
     def target_K(self, time: float) -> PerReplica:
         """Temperature of the bath at a time [internal units] of the stage, K."""

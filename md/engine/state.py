@@ -35,6 +35,7 @@ class Evaluator(Protocol):
 
     If it also has ``reset()``, that must forget all history (neighbour lists): it is called wherever a checkpoint may
     fall and at every restart, so that a restarted run builds its lists at the same steps as the uninterrupted one.
+    On a GPU it may offer more, see ``stepper.DeviceEvaluator``.
     """
 
     def evaluate(self, batch: Batch) -> EvaluatorOutput: ...
@@ -102,6 +103,19 @@ class MDState:
         )
         state.draw_momenta(temperature_K, exact=exact_temperature)
         return state
+
+    # -- what a step changes, so that it can be repeated on tensors that stay in place ------------------------------
+
+    def moving(self) -> list[torch.Tensor]:
+        """Return the tensors that a step replaces."""
+        own = [self.momenta, self.energy, self.forces, self.virial, self.charges]
+        return [self.batch.positions, self.batch.cell, *own, *self.variables.values()]
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take these tensors in the order of ``moving``."""
+        positions, cell, self.momenta, self.energy, self.forces, self.virial, self.charges, *variables = tensors
+        self.batch = replace(self.batch, positions=positions, cell=cell)
+        self.variables = dict(zip(self.variables, variables, strict=True))
 
     # -- one number or tensor per replica ------------------------------------------------------------------------
 

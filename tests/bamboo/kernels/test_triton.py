@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install bamboo-md[gpu]")
 
@@ -182,26 +181,27 @@ def test_replayed_graph_follows_the_atoms(make_force_field, make_box):
     assert_same(on_cpu(output), evaluate(field, moved), tolerance=1e-9)
 
 
-class WithoutHost(TorchDispatchMode):
-    """Refuse what makes the host wait for the device, or copies from it: a CUDA graph cannot hold such steps."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "repeat_interleave", "lift")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert not function.__name__.startswith(self.FORBIDDEN), function.__name__
-        indices = args[1] if function.__name__.startswith("index.") else []
-        assert all(index is None or index.dtype != torch.bool for index in indices), "indexing with a mask"
-        return function(*args, **kwargs or {})
-
-
-def test_evaluation_can_be_captured(make_force_field, make_box, make_cluster, monkeypatch):
+def test_evaluation_can_be_captured(make_force_field, make_box, make_cluster, monkeypatch, without_host):
+    """The check of the lists included; where these lie changes with the atoms and the mesh, not with a new build."""
     for module in (triton_engine, triton_network):
         monkeypatch.setattr(module, "launch", lambda *arrays, **settings: None)
-    batch = Batch.from_systems([make_box(1), make_cluster(1), make_box(2)]).to(DEVICE)
-    engine = triton_engine.TritonEngine(make_force_field().to(DEVICE))
-    engine.rebuild(batch, 1.0)
-    with torch.no_grad(), WithoutHost():
-        engine._plan.compute(batch.positions, batch.cell, batch.total_charge)
+    systems = [make_box(1), make_cluster(1), make_box(2)]
+    batch = Batch.from_systems(systems).to(DEVICE)
+    evaluator = Evaluator(make_force_field(), engine="triton", device=DEVICE)
+    assert evaluator.layout is None
+    evaluator._build(batch)
+    layout = evaluator.layout
+    with torch.no_grad(), without_host():
+        _, holds = evaluator.evaluate_unchecked(batch)
+    assert holds.shape == () and holds.dtype == torch.bool and layout is not None
+    evaluator.reset()
+    assert evaluator.layout is None
+    evaluator._build(batch)
+    assert evaluator.layout == layout
+    for other in (replace(batch, cell=1.3 * batch.cell), Batch.from_systems(systems[:2]).to(DEVICE)):
+        evaluator._build(other)
+        assert evaluator.layout > layout
+        layout = evaluator.layout
 
 
 def test_lists_equal_those_of_the_reference(make_box, make_cluster):
