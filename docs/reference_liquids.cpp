@@ -1,4 +1,4 @@
-// Energy, forces and virial of R boxes of n atoms each: all pairs with their nearest image, from tables in r^2, and the
+// Energy, forces and virial of R boxes of n atoms each: pairs with their nearest image, from tables in r^2, and the
 // reciprocal part of Ewald's sum. Arrays are (R, n, 3), lengths (R, 3), energy (R,), virial (R, 3, 3); the results are
 // added to what is there.
 #include <algorithm>
@@ -8,43 +8,72 @@
 
 using Complex = std::complex<double>;
 
-// table (3, size, 2): energy and -dE/dr / r at r^2 = lowest + step * index; its row is the sum of the two kinds
-extern "C" void add_pairs(int replicas, int n, const double* positions, const int* kind, const double* lengths,
-                          double cutoff, const double* table, int size, double lowest, double step,
-                          double* energy, double* forces, double* virial) {
-    std::vector<double> own(3L * n), gap(3L * n), squared(n);
-    double* d[3] = {gap.data(), gap.data() + n, gap.data() + 2L * n};
+// Pairs i < j nearer than reach: starts (R n + 1,), and where neighbours is given the j of each i in rising order.
+extern "C" void find_pairs(int replicas, int n, const double* positions, const double* lengths, double reach,
+                           int* starts, int* neighbours) {
+    std::vector<double> own(3L * n), squared(n);
+    starts[0] = 0;
     for (int replica = 0; replica < replicas; ++replica) {
         for (int i = 0; i < n; ++i)
             for (int a = 0; a < 3; ++a) own[static_cast<long>(a) * n + i] = positions[3L * (n * replica + i) + a];
-        double* f = forces + 3L * n * replica;
-        double* w = virial + 9 * replica;
         for (int i = 0; i < n; ++i) {
             std::fill(squared.begin() + i, squared.end(), 0.0);
             for (int a = 0; a < 3; ++a) {
                 const double* x = own.data() + static_cast<long>(a) * n;
                 const double length = lengths[3 * replica + a];
                 for (int j = i + 1; j < n; ++j) {
-                    const double raw = x[i] - x[j];
-                    d[a][j] = raw - length * std::nearbyint(raw / length);
-                    squared[j] += d[a][j] * d[a][j];
+                    const double raw = x[i] - x[j], gap = raw - length * std::nearbyint(raw / length);
+                    squared[j] += gap * gap;
                 }
             }
+            int next = starts[n * replica + i];
             for (int j = i + 1; j < n; ++j) {
-                if (squared[j] >= cutoff * cutoff) continue;
-                const double place = std::fmin(std::fmax((squared[j] - lowest) / step, 0.0), size - 1.001);
+                if (squared[j] >= reach * reach) continue;
+                if (neighbours) neighbours[next] = j;
+                ++next;
+            }
+            starts[n * replica + i + 1] = next;
+        }
+    }
+}
+
+// table (3, size, 2): energy and -dE/dr / r at r^2 = lowest + step * index; its row is the sum of the two kinds.
+// Neighbours beyond the cutoff are passed over, so the sums do not depend on when the list was made.
+extern "C" void add_pairs(int replicas, int n, const double* positions, const int* kind, const double* lengths,
+                          const int* starts, const int* neighbours, double cutoff, const double* table, int size,
+                          double lowest, double step, double* energy, double* forces, double* virial) {
+    for (int replica = 0; replica < replicas; ++replica) {
+        const double* x = positions + 3L * n * replica;
+        const double* length = lengths + 3 * replica;
+        double* f = forces + 3L * n * replica;
+        double total = 0.0, w[9] = {};
+        for (int i = 0; i < n; ++i) {
+            double own[3] = {};
+            for (int slot = starts[n * replica + i]; slot < starts[n * replica + i + 1]; ++slot) {
+                const int j = neighbours[slot];
+                double d[3], squared = 0.0;
+                for (int a = 0; a < 3; ++a) {
+                    d[a] = x[3 * i + a] - x[3 * j + a];
+                    d[a] -= length[a] * std::nearbyint(d[a] / length[a]);
+                    squared += d[a] * d[a];
+                }
+                if (squared >= cutoff * cutoff) continue;
+                const double place = std::fmin(std::fmax((squared - lowest) / step, 0.0), size - 1.001);
                 const int index = static_cast<int>(place);
                 const double share = place - index;
                 const double* row = table + 2L * (static_cast<long>(kind[i] + kind[j]) * size + index);
-                energy[replica] += row[0] + share * (row[2] - row[0]);
+                total += row[0] + share * (row[2] - row[0]);
                 const double strength = row[1] + share * (row[3] - row[1]);
                 for (int a = 0; a < 3; ++a) {
-                    f[3 * i + a] += strength * d[a][j];
-                    f[3 * j + a] -= strength * d[a][j];
-                    for (int b = 0; b < 3; ++b) w[3 * a + b] += strength * d[a][j] * d[b][j];
+                    own[a] += strength * d[a];
+                    f[3 * j + a] -= strength * d[a];
+                    for (int b = 0; b < 3; ++b) w[3 * a + b] += strength * d[a] * d[b];
                 }
             }
+            for (int a = 0; a < 3; ++a) f[3 * i + a] += own[a];
         }
+        energy[replica] += total;
+        for (int k = 0; k < 9; ++k) virial[9 * replica + k] += w[k];
     }
 }
 

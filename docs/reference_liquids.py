@@ -35,6 +35,7 @@ from md.trajectory import ThermoSeries, Trajectory
 
 Floats = NDArray[np.float64]
 TABLE_SIZE = 2**16
+SKIN = 1.2  # Å, of the list of pairs
 THERMOSTAT_FS = 1000.0
 JOULE = 1.0e-3 * units.KJ_PER_MOL * units.MOLE
 
@@ -78,6 +79,7 @@ class Argon:
     def __init__(self) -> None:
         self.cutoff = 2.5 * self.SIGMA
         self._table: Floats | None = None
+        self._listed: tuple[torch.Tensor, torch.Tensor, NDArray[np.int32], NDArray[np.int32]] | None = None
 
     def pair(self, r: float, kinds: int) -> tuple[float, float]:
         """Return energy [eV] and -dE/dr / r of a pair at distance r [Å]; kinds: sum of the indices of its kinds."""
@@ -115,12 +117,34 @@ class Argon:
         if self._table is None:
             rows = [[self.pair(sqrt(s), kinds) for s in squared] for kinds in range(2 * len(self.NUMBERS) - 1)]
             self._table = np.array(rows)
+        starts, neighbours = self._pairs(n_replicas, n, positions, lengths=lengths)
         _library().add_pairs(
             n_replicas, n, _pointer(positions), ctypes.c_void_p(kind.ctypes.data), _pointer(lengths),
-            ctypes.c_double(self.cutoff), ctypes.c_void_p(self._table.ctypes.data), TABLE_SIZE,
-            ctypes.c_double(squared[0]), ctypes.c_double(squared[1] - squared[0]),
-            _pointer(result.energy), _pointer(result.forces), _pointer(result.virial),
+            ctypes.c_void_p(starts.ctypes.data), ctypes.c_void_p(neighbours.ctypes.data), ctypes.c_double(self.cutoff),
+            ctypes.c_void_p(self._table.ctypes.data), TABLE_SIZE, ctypes.c_double(squared[0]),
+            ctypes.c_double(squared[1] - squared[0]), _pointer(result.energy), _pointer(result.forces),
+            _pointer(result.virial),
         )  # fmt: skip
+
+    def _pairs(
+        self, n_replicas: int, n: int, positions: torch.Tensor, *, lengths: torch.Tensor
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """List of pairs, made anew where boxes changed or an atom moved by half the skin."""
+        if self._listed is not None:
+            before, boxes, starts, neighbours = self._listed
+            same = before.shape == positions.shape and torch.equal(boxes, lengths)
+            if same and float(((positions - before) ** 2).sum(dim=1).max()) < (0.5 * SKIN) ** 2:
+                return starts, neighbours
+        starts, neighbours = np.empty(n_replicas * n + 1, dtype=np.int32), np.empty(0, dtype=np.int32)
+        for write in (False, True):  # counted first
+            if write:
+                neighbours = np.empty(int(starts[-1]), dtype=np.int32)
+            _library().find_pairs(
+                n_replicas, n, _pointer(positions), _pointer(lengths), ctypes.c_double(self.cutoff + SKIN),
+                ctypes.c_void_p(starts.ctypes.data), ctypes.c_void_p(neighbours.ctypes.data if write else None),
+            )  # fmt: skip
+        self._listed = positions, lengths, starts, neighbours
+        return starts, neighbours
 
     def _add_waves(
         self, n_replicas: int, n: int, positions: torch.Tensor, *, lengths: torch.Tensor, result: Output
@@ -250,13 +274,13 @@ class Liquid:
         return trajectories, ThermoSeries.read(folder / "thermo.h5").since(since_ps)
 
 
-def argon(*, cells: int = 4, n_replicas: int = 32) -> Liquid:
+def argon(*, cells: int = 7, n_replicas: int = 8) -> Liquid:
     """Lennard-Jones liquid at rho* = 0.8442, T* = 0.722, near the triple point."""
     sigma = Argon.SIGMA
     temperature_K = 0.722 * Argon.EPSILON / units.BOLTZMANN
     return Liquid(
         potential=Argon(), box=fcc_box((18,), cells=cells, lattice=sigma * (4.0 / 0.8442) ** (1.0 / 3.0)),
-        temperature_K=temperature_K, hot_K=2.0 * temperature_K, timestep_fs=10.0, melt_ps=10.0, frame_fs=500.0,
+        temperature_K=temperature_K, hot_K=2.0 * temperature_K, timestep_fs=10.0, melt_ps=10.0, frame_fs=2000.0,
         thermo_fs=10.0, n_replicas=n_replicas,
     )  # fmt: skip
 

@@ -190,7 +190,7 @@ SECTIONS: dict[str, tuple[str, Callable[..., list[Row]]]] = {
         "Error bars of transport: 95 % intervals over synthetic runs",
         lambda n: coverage(n or 200, TRANSPORT),
     ),
-    "argon": ("A viscosity from the literature (Lennard-Jones liquid)", lambda n: argon_rows(n or 1200)),
+    "argon": ("A viscosity from the literature (Lennard-Jones liquid)", lambda n: argon_rows(n or 1000)),
     "salt": ("A conductivity from the literature (molten NaCl)", lambda n: salt_rows(n or 55)),
 }
 

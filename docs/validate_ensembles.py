@@ -144,7 +144,7 @@ def constant_pressure(n_steps: int = 4000, *, n_replicas: int = 32) -> list[Row]
 
 def liquid_at_its_own_pressure(n_steps: int, *, n_replicas: int) -> list[Row]:
     """Lennard-Jones liquid: the mean pressure at a fixed volume, imposed by a barostat, must give that volume back."""
-    liquid = liquids.argon()
+    liquid = liquids.argon(cells=4)
     common: dict[str, Any] = {
         "temperature_K": liquid.temperature_K, "n_steps": n_steps, "n_replicas": n_replicas, "names": ("pressure",),
     }  # fmt: skip
@@ -213,7 +213,7 @@ def equipartition(n_steps: int = 3000, *, n_replicas: int = 32) -> list[Row]:
 
 def conservation(n_steps: int = 2000) -> list[Row]:
     """NVE: the energy fluctuates as dt^2 and does not drift."""
-    box = melt(liquids.argon())
+    box = melt(liquids.argon(cells=4))
     fluctuation, rows = {}, []
     for timestep_fs in (20.0, 10.0, 5.0):
         state = MDState.from_systems([box], temperature_K=86.0, seed=3)

@@ -41,7 +41,7 @@ def argon_rows(length_ps: float, *, folder: Path = RUNS) -> list[Row]:
     what = f"Lennard-Jones liquid, rho* 0.8442, T* 0.722, {thermo.n_replicas} x {length_ps:g} ps: viscosity"
     published = (("Viscardy 2007, 10.1063/1.2724820", 3.268, 0.055), ("Meier 2004, 10.1063/1.1770695", 3.277, 0.098))
     rows = [beside(what, eta, value, error, source, unit="eta*", size=reduced) for source, value, error in published]
-    small = argon(cells=3)
+    small = argon(cells=3, n_replicas=32)
     small_boxes, _ = small.simulate(folder / "argon-small", length_ps=0.2 * length_ps)
     both = [
         self_diffusion(boxes, temperature_K=liquid.temperature_K, viscosity=eta)

@@ -96,7 +96,7 @@ def evaluated(box: System, potential: object) -> MDState:
 def test_potentials_of_the_reference_liquids(script, name: str) -> None:
     """Forces and virial against differences of energies; cutoffs where no pair crosses them."""
     liquids = script("reference_liquids")
-    liquid = {"argon": liquids.argon, "salt": liquids.molten_salt}[name]()
+    liquid = liquids.argon(cells=4) if name == "argon" else liquids.molten_salt()
     potential, box = (liquid.potential, shaken(liquid.box)) if name == "argon" else (
         liquids.MoltenSalt(accuracy=4.5), shaken(liquid.box)
     )  # fmt: skip
