@@ -29,7 +29,7 @@ from md.engine import restart
 from md.engine.integrators import Integrator, Langevin, StochasticVelocityRescaling
 from md.engine.simulation import Simulation
 from md.engine.state import MDState
-from md.recording import FrameRecorder, ThermoRecorder, trajectory_path
+from md.recording import FrameRecorder, Portion, ThermoRecorder, trajectory_path
 from md.topology import Ensemble, Topology
 from md.trajectory import ThermoSeries, Trajectory
 
@@ -250,6 +250,7 @@ class Liquid:
         state = saved.state if saved else MDState.from_systems(
             [self.box] * self.n_replicas, temperature_K=self.hot_K, seed=1
         )  # fmt: skip
+        portion = Portion(folder, self.topology(), slice(0, self.n_replicas))
         ensemble = Ensemble("nvt", "svr", thermostat_time_ps=1.0e-3 * THERMOSTAT_FS)
         for index, (integrator, time_ps) in enumerate(stages):
             n_steps = round(1.0e3 * time_ps / self.timestep_fs)
@@ -257,8 +258,7 @@ class Liquid:
                 continue
             with ExitStack() as stack:
                 recorders = [
-                    kind(folder, self.topology(), ensemble=ensemble, stride=round(every / self.timestep_fs),
-                         n_replicas=self.n_replicas)
+                    kind([portion], ensemble=ensemble, stride=round(every / self.timestep_fs))
                     for kind, every in ((FrameRecorder, self.frame_fs), (ThermoRecorder, self.thermo_fs))
                     if index == len(stages) - 1
                 ]  # fmt: skip

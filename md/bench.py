@@ -41,7 +41,7 @@ from md.engine.integrators import StochasticVelocityRescaling
 from md.engine.minimiser import minimise
 from md.engine.simulation import Simulation
 from md.engine.state import MDState
-from md.recording import FrameRecorder, ThermoRecorder, build_topology
+from md.recording import FrameRecorder, Portion, ThermoRecorder, build_topology
 from md.trajectory import Ensemble
 
 ELECTROLYTE = "1 m LiPF6 in EC:DMC 30:70 wt"
@@ -179,8 +179,9 @@ def _md(force_field: ForceField, device: str, *, block: int = 40) -> Iterator[Me
     topology = build_topology(system, found.counts)
     with tempfile.TemporaryDirectory() as name:
         ensemble = Ensemble("nvt")
-        frames = FrameRecorder(Path(name), topology, ensemble=ensemble, stride=100, n_replicas=1)
-        thermo = ThermoRecorder(Path(name), topology, ensemble=ensemble, stride=4, n_replicas=1)
+        portions = [Portion(Path(name), topology, slice(0, 1))]
+        frames = FrameRecorder(portions, ensemble=ensemble, stride=100)
+        thermo = ThermoRecorder(portions, ensemble=ensemble, stride=4)
         simulation = Simulation(state, evaluator, integrator=integrator, reporters=(frames, thermo))
         step = seconds(lambda: simulation.run(block), repeats=8, device=device) / block
         frames.close()

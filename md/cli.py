@@ -75,8 +75,8 @@ def build(
     """Pack the box of a configuration and write it."""
     import ase.io
 
+    from md.conditions import start_box
     from md.config import load_config
-    from md.workflows import start_box
 
     box, system = start_box(load_config(config))
     ase.io.write(output, system.to_atoms(), format="extxyz")

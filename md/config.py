@@ -5,6 +5,8 @@ seconds). ``load_config`` reads a file; every problem found is reported as ``fil
 """
 
 import io
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,6 +19,7 @@ from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define
 from md.boxes import read_box
 from md.composition import Amount, Basis, Composition, parse_amount, parse_composition
 from md.quantities import (
+    MOST_SEVERAL,
     Damping,
     Density,
     DensityRange,
@@ -25,7 +28,7 @@ from md.quantities import (
     Length,
     Pressure,
     Ramp,
-    Temperature,
+    Temperatures,
     Timestep,
     WallTime,
     refused_by_pydantic,
@@ -41,6 +44,9 @@ SaltAmount = Annotated[
     WithJsonSchema({"type": "string"}),
 ]
 Property = Literal["density", "viscosity", "conductivity", "diffusion", "coordination", "dielectric"]
+
+
+MOST_BOXES = 256  # of all conditions together
 
 
 Molecules = Annotated[dict[str, str], AfterValidator(lambda names: _defined(names)), Field(max_length=50)]
@@ -63,14 +69,19 @@ class CompositionBlock(_Block):
 class ConditionsBlock(_Block):
     """The long form of ``temperature`` (and ``pressure``)."""
 
-    temperature: Temperature = 298.15
+    temperature: Temperatures = 298.15
     pressure: Pressure = units.BAR
 
 
 class ModelBlock(_Block):
-    """Which force field, and where it runs. ``name`` is a model of the zoo or a file."""
+    """Which force field, and where it runs. ``name`` is a model of the zoo or a file.
+
+    committee  further models, trained alike from other seeds: each runs the whole protocol, watched by all others, and
+               every property gets its spread over the models
+    """
 
     name: str = "default"
+    committee: Annotated[tuple[str, ...], Field(max_length=15)] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
 
@@ -82,7 +93,7 @@ class BuildBlock(_Block):
     """
 
     atoms: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] = 1000
-    replicas: Annotated[int, Field(strict=True, ge=1, le=256)] = 1
+    replicas: Annotated[int, Field(strict=True, ge=1, le=MOST_BOXES)] = 1
     seed: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1000)] = 1
     density: Density | None = None
     tolerance: Length = 2.0
@@ -139,13 +150,15 @@ Stage = Annotated[Minimise | NVE | NVT | NPT, Field(discriminator="kind")]
 class GuardsBlock(_Block):
     """Limits beyond which a run stops: the box boils or collapses, atoms fuse, molecules break.
 
-    max_temperature is a multiple of the highest temperature the thermostat aims at in a stage.
+    max_temperature is a multiple of the highest temperature the thermostat aims at in a stage; disagreement is the
+    largest standard deviation of the force on an atom over the models of a committee.
     """
 
     max_temperature: Annotated[float, Field(strict=True, gt=1.0, le=100.0)] = 3.0
     density: DensityRange = (0.3 * units.GRAM_PER_CM3, 2.5 * units.GRAM_PER_CM3)
     min_distance: Length = 0.6
     broken_bonds: Literal["stop", "ignore"] = "stop"
+    disagreement: Force = 1.0
 
 
 class OutputBlock(_Block):
@@ -166,15 +179,18 @@ class CheckpointBlock(_Block):
 class RunConfig(_Block):
     """A whole run: ``electrolyte``, ``composition`` or ``structure``, the rest has defaults (stages: ``md.protocol``).
 
+    ``electrolyte`` and ``temperature`` may be lists: every composition at every temperature is a condition, all are
+    advanced together in one batch and analysed apart.
+
     molecules   names for molecules and ions that are not built in: {FB: Fc1ccccc1}; usable wherever names are
     structure   file of a periodic box of known molecules, in any format that ASE reads: the start, not packed
     """
 
     molecules: Molecules = {}
-    electrolyte: Annotated[str, validator(lambda text: _checked_electrolyte(text))] | None = None
+    electrolyte: Annotated[str | tuple[str, ...], validator(lambda given: _checked_electrolyte(given))] | None = None
     composition: CompositionBlock | None = None
     structure: str | None = None
-    temperature: Temperature | None = None
+    temperature: Temperatures | None = None
     pressure: Pressure | None = None
     conditions: ConditionsBlock | None = None
     model: Annotated[
@@ -188,10 +204,17 @@ class RunConfig(_Block):
     checkpoint: CheckpointBlock = CheckpointBlock()
 
     @property
-    def temperature_K(self) -> float:
-        """Temperature of the run [K]."""
+    def temperatures_K(self) -> tuple[float, ...]:
+        """Temperatures of the run [K]."""
         block = self.conditions or ConditionsBlock()
-        return float(self.temperature if self.temperature is not None else block.temperature)
+        given = self.temperature if self.temperature is not None else block.temperature
+        return given if isinstance(given, tuple) else (given,)
+
+    @property
+    def temperature_K(self) -> float:
+        """Temperature of a run of one condition [K]."""
+        (temperature,) = self.temperatures_K
+        return temperature
 
     @property
     def target_pressure(self) -> float:
@@ -199,11 +222,37 @@ class RunConfig(_Block):
         block = self.conditions or ConditionsBlock()
         return float(self.pressure if self.pressure is not None else block.pressure)
 
+    def each_member(self) -> dict[str, "RunConfig"]:
+        """Return the run of every model of the committee alone, by the name of its file; '' if there is only one."""
+        if not self.model.committee:
+            return {"": self}
+        models = [self.model.model_copy(update={"name": n, "committee": ()}) for n in self.model_names]
+        return {_folder_name(Path(m.name).stem): self.model_copy(update={"model": m}) for m in models}
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names or files of all models."""
+        return self.model.name, *self.model.committee
+
+    def each_condition(self) -> dict[str, "RunConfig"]:
+        """Return the run of every condition alone, by name: ``280K``, ``1-m-LiPF6-in-DMC-280K``, '' if only one."""
+        electrolytes = self.electrolyte if isinstance(self.electrolyte, tuple) else (self.electrolyte,)
+        temperatures = self.temperatures_K
+        if len(electrolytes) == len(temperatures) == 1:
+            return {"": self}
+        runs = {}
+        for electrolyte, temperature in itertools.product(electrolytes, temperatures):
+            words = [_folder_name(electrolyte)] if electrolyte is not None and len(electrolytes) > 1 else []
+            words += [f"{temperature:g}K"] if len(temperatures) > 1 else []
+            update = {"electrolyte": electrolyte, "temperature": temperature, "pressure": self.target_pressure}
+            runs["-".join(words)] = self.model_copy(update=update | {"conditions": None})
+        return runs
+
     def what(self) -> Composition:
-        """Return the composition, from its text, its block, or the molecules of the structure file."""
+        """Return the composition of one condition: from its text, its block, or the molecules of the structure file."""
         if self.structure is not None:
             return Composition(counts=read_box(self.structure)[0])
-        if self.electrolyte is not None:
+        if isinstance(self.electrolyte, str):
             return parse_composition(self.electrolyte)
         block = self.composition or CompositionBlock()
         density = None if block.density is None else float(block.density) / units.GRAM_PER_CM3
@@ -216,11 +265,26 @@ def _defined(names: dict[str, str]) -> dict[str, str]:
     return names
 
 
-def _checked_electrolyte(text: object) -> str:
+def _checked_electrolyte(given: object) -> object:
+    if not isinstance(given, list | tuple):
+        given = _one_electrolyte(given)
+    elif not 1 < len(given) <= MOST_SEVERAL:
+        raise InputError(f"expected one electrolyte or a list of 2 to {MOST_SEVERAL}, got {len(given)}.")
+    else:
+        given = tuple(_one_electrolyte(text) for text in given)
+    return given
+
+
+def _one_electrolyte(text: object) -> str:
     if not isinstance(text, str):
         raise InputError(f"{str(text)[:60]!r} is not text such as '1 m LiPF6 in EC:DMC 30:70 wt'.")
     parse_composition(text)
     return text
+
+
+def _folder_name(text: str) -> str:
+    """Return a text with everything replaced that a file name should not have."""
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-.")[:100]
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -263,9 +327,28 @@ def _cross_checks(config: RunConfig) -> list[tuple[Key, str]]:
         if isinstance(stage, NPT) and stage.coupling == "anisotropic" and stage.barostat != "mtk":
             problems.append((("stages", index, "coupling"), "anisotropic coupling needs `barostat: mtk`."))
         seen_npt = seen_npt or isinstance(stage, NPT)
+    problems += _check_conditions(config)
+    if len(config.each_member()) < len({*config.model_names}) or len({*config.model_names}) < len(config.model_names):
+        problems.append((("model", "committee"), "two models have the same name, which is that of their folders."))
     low, high = config.guards.density
     if low >= high:
         problems.append((("guards", "density"), "the lower limit is not below the upper one."))
+    return problems
+
+
+def _check_conditions(config: RunConfig) -> list[tuple[Key, str]]:
+    """Every condition once, and no more boxes than a batch is meant for."""
+    problems: list[tuple[Key, str]] = []
+    temperatures = [f"{temperature:g}" for temperature in config.temperatures_K]
+    if len(set(temperatures)) < len(temperatures):
+        key: Key = ("temperature",) if config.temperature is not None else ("conditions", "temperature")
+        problems.append((key, "holds a temperature twice."))
+    electrolytes = config.electrolyte if isinstance(config.electrolyte, tuple) else ()
+    if len({_folder_name(text) for text in electrolytes}) < len(electrolytes):
+        problems.append((("electrolyte",), "holds a composition twice."))
+    n_boxes = len(temperatures) * max(1, len(electrolytes)) * config.build.replicas
+    if n_boxes > MOST_BOXES:
+        problems.append((("build", "replicas"), f"{n_boxes} boxes in all, expected at most {MOST_BOXES}."))
     return problems
 
 

@@ -32,9 +32,9 @@ from md.engine.simulation import Simulation
 from md.engine.state import Evaluator, MDState
 from md.harvest import PACKING_SCALE, squeeze
 from md.model import device_of
-from md.recording import FrameRecorder, ThermoRecorder, build_topology
+from md.recording import FrameRecorder, Portion, ThermoRecorder, build_topology
 from md.run_folder import RunFolder, flatten
-from md.topology import Ensemble, Topology
+from md.topology import Ensemble
 from md.trajectory import Trajectory
 
 THERMO_FS = 10.0  # time between records of pressure and density
@@ -93,8 +93,8 @@ def simulate(box: Box, stages: Sequence[Stage], evaluator: Evaluator, folder: Pa
             for kind, every_fs in kinds:
                 if every_fs:
                     stride = max(1, round(every_fs / integrator.timestep_fs))
-                    common: dict[str, Any] = {"ensemble": _ensemble(stage), "stride": stride, "n_replicas": 1}
-                    recorder = kind(folder / stage.name, topology, **common)
+                    portion = Portion(folder / stage.name, topology, slice(0, 1))
+                    recorder = kind([portion], ensemble=_ensemble(stage), stride=stride)
                     reporters.append(stack.enter_context(closing(recorder)))
             simulation = Simulation(
                 state,
@@ -115,8 +115,8 @@ def simulate(box: Box, stages: Sequence[Stage], evaluator: Evaluator, folder: Pa
 class MolecularRecorder(ThermoRecorder):
     """Writes molecular/thermo.h5, whose pressure is that of the molecules as rigid bodies (``as_rigid``)."""
 
-    def __init__(self, folder: Path, topology: Topology, **common: Any) -> None:
-        super().__init__(folder / "molecular", topology, **common)
+    def __init__(self, portions: Sequence[Portion], **common: Any) -> None:
+        super().__init__([replace(each, folder=each.folder / "molecular") for each in portions], **common)
 
     def report(self, state: MDState) -> None:
         super().report(as_rigid(state))

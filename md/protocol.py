@@ -7,7 +7,14 @@ from bamboo.system import System
 from bamboo.units import BAR, FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
 from md.config import NPT, NVE, NVT, Minimise, RunConfig, Stage
 from md.engine.barostats import MartynaTobiasKlein, StochasticCellRescaling
-from md.engine.guards import DensityRange, Guard, IntactMolecules, MaximumTemperature, MinimumDistance
+from md.engine.guards import (
+    CommitteeAgreement,
+    DensityRange,
+    Guard,
+    IntactMolecules,
+    MaximumTemperature,
+    MinimumDistance,
+)
 from md.engine.integrators import (
     Integrator,
     Langevin,
@@ -16,6 +23,7 @@ from md.engine.integrators import (
     Thermostat,
     VelocityVerlet,
 )
+from md.engine.state import Evaluator, PerReplica
 from md.quantities import quantity_text
 from md.topology import Ensemble
 
@@ -36,10 +44,11 @@ def default_stages(config: RunConfig) -> tuple[Stage, ...]:
 
     Warm-up: Langevin from 50 K at 0.5 fs, because a packed box releases heat. NPT: stochastic cell rescaling, which
     does not oscillate from a dilute start. NVT: velocity rescaling with tau = 1 ps, which leaves the dynamics alone.
+    Where there are several temperatures the warm-up ends at the lowest: the next thermostat soon does the rest.
     """
+    coldest = min(config.temperatures_K)
     start, target = (
-        quantity_text(value, dimension="temperature")
-        for value in (min(WARM_UP_START_K, config.temperature_K), config.temperature_K)
+        quantity_text(value, dimension="temperature") for value in (min(WARM_UP_START_K, coldest), coldest)
     )
     warm_up = NVT.model_validate(
         {
@@ -69,8 +78,8 @@ def stage_name(index: int, stage: Stage) -> str:
     return f"{index + 1:02d}-{stage.name or stage.kind}"
 
 
-def temperatures(stage: Dynamics, *, temperature_K: float) -> tuple[float, float]:
-    """Return the temperature of the bath at the start and at the end of a stage [K]."""
+def temperatures(stage: Dynamics, *, temperature_K: PerReplica) -> tuple[PerReplica, PerReplica]:
+    """Return the temperature of the bath at the start and at the end of a stage [K]: its own, or those of the run."""
     return stage.temperature or (temperature_K, temperature_K)
 
 
@@ -84,7 +93,7 @@ def stride(every: float, stage: Dynamics) -> int:
     return max(1, round(every / stage.timestep))
 
 
-def integrator(stage: Dynamics, *, temperature_K: float, pressure: float) -> Integrator:
+def integrator(stage: Dynamics, *, temperature_K: PerReplica, pressure: float) -> Integrator:
     """Return the integrator of a stage; pressure in eV/Å^3."""
     timestep_fs = stage.timestep / FEMTOSECOND
     if isinstance(stage, NVE):
@@ -95,7 +104,7 @@ def integrator(stage: Dynamics, *, temperature_K: float, pressure: float) -> Int
         "temperature_K": end,
         "thermostat_time_fs": stage.damping / FEMTOSECOND,
     }
-    if start != end:
+    if stage.temperature is not None and start != end:
         common |= {"ramp_from_K": start, "ramp_ps": stage.time / PICOSECOND}
     if isinstance(stage, NPT):
         target = stage.pressure if stage.pressure is not None else pressure
@@ -124,10 +133,22 @@ def ensemble(stage: Dynamics, *, pressure: float) -> Ensemble:
     )
 
 
-def guards(config: RunConfig, stage: Dynamics, *, systems: Sequence[System]) -> list[Guard]:
-    """Return the guards of a stage; ``systems`` as packed, whose bonds must stay."""
+def guards(
+    config: RunConfig,
+    stage: Dynamics,
+    *,
+    systems: Sequence[System],
+    temperature_K: PerReplica,
+    committee: Sequence[Evaluator] = (),
+) -> list[Guard]:
+    """Return the guards of a stage.
+
+    systems        as packed, whose bonds must stay
+    temperature_K  of the run
+    committee      the other models, which must agree
+    """
     limits = config.guards
-    hottest = max(temperatures(stage, temperature_K=config.temperature_K))
+    hottest = temperature_K if stage.temperature is None else max(stage.temperature)
     watched: list[Guard] = [
         MaximumTemperature(temperature_K=hottest, factor=limits.max_temperature),
         DensityRange(
@@ -138,4 +159,6 @@ def guards(config: RunConfig, stage: Dynamics, *, systems: Sequence[System]) -> 
     ]
     if limits.broken_bonds == "stop":
         watched.append(IntactMolecules(systems=systems))
+    if committee:
+        watched.append(CommitteeAgreement(others=committee, limit=limits.disagreement))
     return watched

@@ -25,8 +25,14 @@ UNITS: dict[str, dict[str, float]] = {
     "viscosity": {"mPa.s": units.MILLIPASCAL_SECOND},
     "conductivity": {"mS/cm": units.MILLISIEMENS_PER_CENTIMETRE, "S/m": units.SIEMENS_PER_METRE},
     "compressibility": {"1/GPa": 1.0e-9 / units.PASCAL, "1/bar": 1.0 / units.BAR},
-    "force": {"eV/A": units.EV / units.ANGSTROM, "eV/Å": units.EV / units.ANGSTROM},
+    "force": {
+        "eV/A": units.EV / units.ANGSTROM,
+        "eV/Å": units.EV / units.ANGSTROM,
+        "kcal/mol/A": units.KCAL_PER_MOL / units.ANGSTROM,
+        "kcal/mol/Å": units.KCAL_PER_MOL / units.ANGSTROM,
+    },
 }
+MOST_SEVERAL = 50
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
@@ -116,7 +122,33 @@ class QuantityPair(Quantity):
         return {"anyOf": [one, {"type": "array", "items": one, "minItems": 2, "maxItems": 2}]}
 
 
+@dataclass(frozen=True)
+class OneOrSeveral(Quantity):
+    """Annotation of a float or a tuple: one quantity, or a list of several."""
+
+    def parse_all(self, given: object) -> float | tuple[float, ...]:
+        """Return one value, or all of a list; raises InputError."""
+        if not isinstance(given, list | tuple):
+            return self.parse(given)
+        if not 1 < len(given) <= MOST_SEVERAL:
+            raise InputError(f"expected one {self.dimension} or a list of 2 to {MOST_SEVERAL}, got {len(given)}.")
+        return tuple(self.parse(item) for item in given)
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            lambda given: refused_by_pydantic(self.parse_all, given),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: [self.text(v) for v in value] if isinstance(value, tuple) else self.text(value)
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        one = super().__get_pydantic_json_schema__(schema, handler)
+        return {"anyOf": [one, {"type": "array", "items": one, "minItems": 2, "maxItems": MOST_SEVERAL}]}
+
+
 Temperature = Annotated[float, Quantity("temperature", "0 K", "5000 K")]
+Temperatures = Annotated[float | tuple[float, ...], OneOrSeveral("temperature", "0 K", "5000 K")]
 Ramp = Annotated[tuple[float, float], QuantityPair("temperature", "0 K", "5000 K")]
 Pressure = Annotated[float, Quantity("pressure", "-10 GPa", "100 GPa")]
 Duration = Annotated[float, Quantity("time", "0 fs", "1e6 ns")]

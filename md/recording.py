@@ -1,5 +1,7 @@
 """Reporters that write a stage's HDF5 files, and the start structure for eyes and other programs."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,21 +53,35 @@ def molecular_dipole(state: MDState) -> torch.Tensor:
     return state.sum_by_replica(state.charges[:, None] * (state.batch.positions - centres))
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Consecutive replicas of a batch, all of one topology, that are recorded in one folder."""
+
+    folder: Path
+    topology: Topology
+    replicas: slice
+
+    @property
+    def n_replicas(self) -> int:
+        return int(self.replicas.stop - self.replicas.start)
+
+
 class FrameRecorder:
     """Writes unwrapped frames of all replicas, one ``traj.h5`` each."""
 
-    def __init__(self, folder: Path, topology: Topology, *, ensemble: Ensemble, stride: int, n_replicas: int) -> None:
+    def __init__(self, portions: Sequence[Portion], *, ensemble: Ensemble, stride: int) -> None:
         self.stride = stride
-        self._folder, self._topology, self._ensemble, self._n_replicas = folder, topology, ensemble, n_replicas
+        self._portions, self._ensemble = portions, ensemble
         self._writers: list[TrajectoryWriter] = []
 
     def truncate(self, step: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for replica in range(self._n_replicas):
-            path = trajectory_path(self._folder, replica)
-            resume_step = _prepare(path, step)
-            writer = TrajectoryWriter(path, self._topology, ensemble=self._ensemble, resume_step=resume_step)
-            self._writers.append(writer)
+        for portion in self._portions:
+            portion.folder.mkdir(parents=True, exist_ok=True)
+            for replica in range(portion.n_replicas):
+                path = trajectory_path(portion.folder, replica)
+                resume_step = _prepare(path, step)
+                writer = TrajectoryWriter(path, portion.topology, ensemble=self._ensemble, resume_step=resume_step)
+                self._writers.append(writer)
 
     def report(self, state: MDState) -> None:
         for writer, system in zip(self._writers, state.systems(), strict=True):
@@ -83,18 +99,20 @@ class FrameRecorder:
 class ThermoRecorder:
     """Writes ``thermo.h5``: pressure tensor, charge current, dipole and thermodynamic series of all replicas."""
 
-    def __init__(self, folder: Path, topology: Topology, *, ensemble: Ensemble, stride: int, n_replicas: int) -> None:
+    def __init__(self, portions: Sequence[Portion], *, ensemble: Ensemble, stride: int) -> None:
         self.stride = stride
-        self._path, self._ensemble, self._n_replicas = folder / "thermo.h5", ensemble, n_replicas
-        self._charges = torch.from_numpy(np.tile(topology.molecule_charges, n_replicas))
-        self._writer: ThermoWriter | None = None
+        self._portions, self._ensemble = portions, ensemble
+        charges = [np.tile(portion.topology.molecule_charges, portion.n_replicas) for portion in portions]
+        self._charges = torch.from_numpy(np.concatenate(charges))
+        self._writers: list[ThermoWriter] = []
 
     def truncate(self, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        resume_step = _prepare(self._path, step)
-        self._writer = ThermoWriter(
-            self._path, n_replicas=self._n_replicas, ensemble=self._ensemble, resume_step=resume_step
-        )
+        for portion in self._portions:
+            path = portion.folder / "thermo.h5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            resume_step = _prepare(path, step)
+            writer = ThermoWriter(path, n_replicas=portion.n_replicas, ensemble=self._ensemble, resume_step=resume_step)
+            self._writers.append(writer)
 
     def report(self, state: MDState) -> None:
         values = {
@@ -108,18 +126,18 @@ class ThermoRecorder:
             "charge_current": charge_current(state, self._charges.to(state.device)),
             "dipole": molecular_dipole(state),
         }
-        if self._writer is not None:
-            host = {name: value.detach().cpu().numpy() for name, value in values.items()}
-            self._writer.append(state.step, state.time_fs / 1000.0, values=host)
+        host = {name: value.detach().cpu().numpy() for name, value in values.items()}
+        for writer, portion in zip(self._writers, self._portions, strict=True):
+            mine = {name: value[portion.replicas] for name, value in host.items()}
+            writer.append(state.step, state.time_fs / 1000.0, values=mine)
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        while self._writers:
+            self._writers.pop().close()
 
 
 def _prepare(path: Path, step: int) -> int | None:

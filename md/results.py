@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,6 +208,45 @@ def _or_reason(name: str, unit: str, estimate: Callable[[], dict[str, Estimate]]
         return estimate()
     except InputError as error:
         return {name: no_value(str(error), unit=unit, method="")}
+
+
+def over_models(results: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """Return the mean of every property over the models of a committee, with its spread beside its sampling error.
+
+    results  properties of each model by its name. The mean of M models has the error sqrt(sum of stderr^2)/M; the
+             spread is the standard deviation over the models, M - 1 in its denominator.
+    """
+    names = dict.fromkeys(name for properties in results.values() for name in properties)
+    return {
+        name: _over_models({model: found[name] for model, found in results.items() if name in found}, len(results))
+        for name in names
+    }
+
+
+def _over_models(estimates: Mapping[str, Estimate], n_models: int) -> Estimate:
+    valued = [estimate for estimate in estimates.values() if estimate.value is not None]
+    first = next(iter(estimates.values()))
+    if len(valued) < 2:
+        reasons = [f"{model}: {e.warnings[0]}" for model, e in estimates.items() if e.value is None and e.warnings]
+        what = "; ".join(dict.fromkeys(reasons)) or "missing"
+        return no_value(
+            f"{len(valued)} of {n_models} models give a value ({what})", unit=first.unit, method=first.method
+        )
+    values = [estimate.value for estimate in valued if estimate.value is not None]
+    errors = [estimate.stderr for estimate in valued if estimate.stderr is not None]
+    samples = [estimate.n_effective for estimate in valued if estimate.n_effective is not None]
+    warnings = tuple(dict.fromkeys(warning for estimate in valued for warning in estimate.warnings))
+    if len(valued) < n_models:
+        warnings = (f"mean of {len(valued)} of {n_models} models, the others give no value", *warnings)
+    return Estimate(
+        value=float(np.mean(values)),
+        stderr=math.hypot(*errors) / len(values) if len(errors) == len(values) else None,
+        unit=valued[0].unit,
+        n_effective=sum(samples) if len(samples) == len(values) else None,
+        method=f"{valued[0].method}; mean of {len(values)} models",
+        warnings=warnings,
+        spread_over_models=float(np.std(values, ddof=1)),
+    )
 
 
 def mean_volume(folder: Path) -> tuple[float, str]:

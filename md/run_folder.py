@@ -2,6 +2,9 @@
 
 input.yaml resolved.yaml manifest.json start.extxyz start.pdb log.txt
 stages/NN-name/{traj.h5, thermo.h5, thermo.csv}  restart/  properties.json  figures/  CITATIONS.bib
+
+A run of several conditions has a folder for each, named by it, that holds what belongs to that condition alone and can
+be analysed as a run of its own; restart/, manifest.json and log.txt, of all together, stand above them.
 """
 
 import fcntl
@@ -43,6 +46,11 @@ class RunFolder:
         """Return the folder of a stage."""
         return self.path / "stages" / name
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the boxes of this run, or of a condition or model in it, are packed."""
+        return next(self.path.rglob(self.start.name), None) is not None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out; the lock vanishes with this process, however it ends."""
@@ -67,14 +75,16 @@ class RunFolder:
             raise InputError(f"{self.path}: not the folder of a run (no resolved.yaml).")
         return load_config(self._resolved)
 
-    def accept(self, config: RunConfig, *, begun: int, model: dict[str, Any], source: Path | None = None) -> None:
+    def accept(self, config: RunConfig, *, begun: int | None, model: dict[str, Any], source: Path | None) -> None:
         """Write the configuration, or refuse it where it contradicts what is already computed.
 
-        config  with all stages written out; begun: index of the stage in progress, -1 where only the box is packed
+        config  with all stages written out
+        begun   index of the stage in progress, -1 where only boxes are packed, None where nothing is there
         model   name and checksum of the force field
+        source  the file it came from, copied as input.yaml
         Raises InputError with the differences.
         """
-        if self._resolved.exists() and self.start.exists():
+        if self._resolved.exists() and begun is not None:
             problems = differences(self.read_config(), config, begun=begun)
             before = self.manifest().get("model", {})
             if before.get("sha256") != model.get("sha256"):
@@ -87,6 +97,11 @@ class RunFolder:
                 )
         if source is not None:
             shutil.copyfile(source, self.path / "input.yaml")
+        self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write resolved.yaml, which ``read_config`` reads."""
+        self.path.mkdir(parents=True, exist_ok=True)
         _write(self._resolved, dump_config(config))
 
     def manifest(self) -> dict[str, Any]:

@@ -9,32 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ase.io
-import numpy as np
 from rich.console import Console
 
 import bamboo
 from bamboo.errors import InputError
-from bamboo.structure.packing import pack_box
 from bamboo.system import System
-from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
+from bamboo.units import FEMTOSECOND, PICOSECOND
 from md import protocol
 from md.analysis.estimate import Estimate
-from md.boxes import read_box
 from md.citations import bibliography
 from md.composition import Realisation, realise
+from md.conditions import Condition, conditions_of, per_replica, portions, start_box, start_systems
 from md.config import NVT, Minimise, RunConfig, Stage
 from md.engine import restart
 from md.engine.minimiser import minimise
 from md.engine.reporters import Reporter, ThermoTable, duration_text
 from md.engine.simulation import Simulation
-from md.engine.state import Evaluator, MDState
+from md.engine.state import Evaluator, MDState, PerReplica
 from md.model import Model, check_memory, device_of, load_model, memory_needed, seconds_per_step
-from md.recording import FrameRecorder, ThermoRecorder, build_topology, write_pdb
-from md.results import analyse, mean_volume, property_table, write_properties, write_thermo_table
+from md.recording import FrameRecorder, ThermoRecorder
+from md.results import analyse, mean_volume, over_models, property_table, write_properties, write_thermo_table
 from md.run_folder import RunFolder
 from md.run_log import RunLog
-from md.topology import Topology
 
 DEVIATION_WORTH_A_WARNING = 0.05  # relative, of a realised amount from the asked one
 
@@ -77,43 +73,101 @@ def run(
     """
     started = time.monotonic()
     config = protocol.resolve(config)
+    console = console or Console()
+    if not config.model.committee:
+        return _run_model(
+            config, Path(folder), model=model or load_model(config), source=source, console=console, started=started
+        )
+    if model is not None:
+        raise InputError("A committee is loaded from its files: give no model.")
     run_folder = RunFolder(Path(folder))
-    box = realise(config.what(), n_atoms=config.build.atoms)
-    model = model or load_model(config)
-    check_memory(model.evaluator, config.build.replicas * box.n_atoms)
+    members = config.each_member()
+    models = {name: load_model(member) for name, member in members.items()}
     with run_folder.locked(), open(run_folder.log, "a", encoding="utf-8") as file:
-        log = RunLog(console or Console(), file)
+        run_folder.accept(config, begun=-1 if run_folder.is_packed else None, model={}, source=source)
+        run_folder.update_manifest(models={name: models[name].record for name in members})
+        results = {}
+        for name, member in members.items():
+            others = [models[other].evaluator for other in members if other != name]
+            results[name] = _run_model(
+                member, run_folder.path / name, model=models[name], committee=others, console=console, started=started
+            )
+        properties, table = _write_combined(run_folder, over_models(results))
+        log = RunLog(console, file)
+        for line in (f"mean of the models {', '.join(members)}", *table, f"wrote {run_folder.properties}"):
+            log.line(line)
+    return properties
+
+
+def _run_model(
+    config: RunConfig,
+    folder: Path,
+    *,
+    model: Model,
+    console: Console,
+    started: float,
+    source: Path | None = None,
+    committee: Sequence[Evaluator] = (),
+) -> dict[str, Estimate]:
+    """Run all stages with one model; ``committee``: the others, which watch; ``started``: when the wall time began."""
+    run_folder = RunFolder(folder)
+    conditions = conditions_of(config, run_folder.path)
+    n_atoms = sum(condition.n_atoms for condition in conditions)
+    check_memory(model.evaluator, n_atoms * (1 + len(committee)))
+    with run_folder.locked(), open(run_folder.log, "a", encoding="utf-8") as file:
+        log = RunLog(console, file)
         saved = restart.load(run_folder.restart, device=device_of(model.evaluator))
-        begun = int(saved.info["stage"]) if saved else -1
+        begun = int(saved.info["stage"]) if saved else -1 if run_folder.is_packed else None
         run_folder.accept(config, begun=begun, model=model.record, source=source)
-        _banner(log, config, box, model, folder=run_folder)
-        run_folder.update_manifest(model=model.record, counts=box.counts, formula=box.formula, seed=config.build.seed)
-        systems = _start_systems(config, box, run_folder, log=log)
-        state = saved.state if saved else _start_state(config, systems, model.evaluator)
+        for condition in conditions:
+            if condition.name:
+                condition.folder.write_config(condition.config)
+        _banner(log, conditions, model, folder=run_folder)
+        run_folder.update_manifest(model=model.record, seed=config.build.seed, **_contents(conditions))
+        systems = start_systems(conditions, log=log)
+        temperature_K = per_replica(
+            conditions, [condition.config.temperature_K for condition in conditions], device=device_of(model.evaluator)
+        )
         limit = config.checkpoint.wall_time
         runner = _Runner(
             config=config,
+            conditions=conditions,
             folder=run_folder,
             evaluator=model.evaluator,
-            topology=build_topology(systems[0], box.counts),
+            committee=committee,
             systems=systems,
+            temperature_K=temperature_K,
             log=log,
             extra=(WallTimeLimit(limit, started=started),) if limit else (),
         )
+        state = saved.state if saved else runner.start_state()
         for index, stage in enumerate(config.stages):
-            if index >= begun:
+            if begun is None or index >= begun:
                 runner.run_stage(index, stage, state, resume=index == begun)
         properties, table = write_results(run_folder, config)
         for line in table:
             log.line(line)
-        log.line(f"wrote {run_folder.properties} and {run_folder.figures}")
+        figures = run_folder.figures if len(conditions) == 1 else "figures in the folder of each condition"
+        log.line(f"wrote {run_folder.properties} and {figures}")
     return properties
 
 
 def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estimate], list[str]]:
-    """Analyse a run, write properties.json, figures and CITATIONS.bib; return the properties and their table."""
+    """Analyse a run, write properties.json, figures and CITATIONS.bib; return the properties and their table.
+
+    Where there are several conditions each has these in its folder, and the properties of all are named
+    ``condition/property``; where there are several models, likewise, and the properties of the run are their means.
+    """
     from md.report import write_figures  # imported here: it loads matplotlib
 
+    members, conditions = config.each_member(), config.each_condition()
+    if len(members) > 1:
+        results = {name: write_results(RunFolder(folder.path / name), one)[0] for name, one in members.items()}
+        return _write_combined(folder, over_models(results))
+    if len(conditions) > 1:
+        results = {name: write_results(RunFolder(folder.path / name), one)[0] for name, one in conditions.items()}
+        every = {f"{name}/{key}": e for name, found in results.items() for key, e in found.items()}
+        return _write_combined(folder, every)
     properties = analyse(folder, config)
     write_properties(folder, properties)
     write_thermo_table(folder, config)
@@ -122,17 +176,39 @@ def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estim
     return properties, property_table(properties)
 
 
+def _write_combined(folder: RunFolder, properties: dict[str, Estimate]) -> tuple[dict[str, Estimate], list[str]]:
+    """Write properties.json of several runs; return the properties and their table."""
+    write_properties(folder, properties)
+    return properties, property_table(properties)
+
+
 @dataclass(frozen=True)
 class _Runner:
     """What every stage of a run needs."""
 
     config: RunConfig
+    conditions: Sequence[Condition]
     folder: RunFolder
     evaluator: Evaluator
-    topology: Topology
+    committee: Sequence[Evaluator]
     systems: Sequence[System]
+    temperature_K: PerReplica
     log: RunLog
     extra: Sequence[Reporter]
+
+    def start_state(self) -> MDState:
+        """Return the state that the first stage starts from: momenta at its first temperature."""
+        first = next((stage for stage in self.config.stages if not isinstance(stage, Minimise)), None)
+        start = self.temperature_K
+        if first is not None:
+            start, _ = protocol.temperatures(first, temperature_K=self.temperature_K)
+        return MDState.from_systems(
+            self.systems,
+            temperature_K=start,
+            seed=self.config.build.seed,
+            exact_temperature=True,
+            device=device_of(self.evaluator),
+        )
 
     def run_stage(self, index: int, stage: Stage, state: MDState, *, resume: bool) -> None:
         """Run or finish one stage; the state is moved on."""
@@ -148,15 +224,21 @@ class _Runner:
         self.log.line(self._headline(index, stage, state, resume=resume))
         if isinstance(stage, NVT) and stage.volume == "mean" and not resume:
             self._set_mean_volume(index, state)
-        with self._recorders(name, stage, n_replicas=state.n_replicas) as reporters:
+        with self._recorders(name, stage) as reporters:
             simulation = Simulation(
                 state,
                 self.evaluator,
                 integrator=protocol.integrator(
-                    stage, temperature_K=self.config.temperature_K, pressure=self.config.target_pressure
+                    stage, temperature_K=self.temperature_K, pressure=self.config.target_pressure
                 ),
                 reporters=reporters,
-                guards=protocol.guards(self.config, stage, systems=self.systems),
+                guards=protocol.guards(
+                    self.config,
+                    stage,
+                    systems=self.systems,
+                    temperature_K=self.temperature_K,
+                    committee=self.committee,
+                ),
                 progress=self.log.progress(),
                 resume=resume,
                 restart_folder=self.folder.restart,
@@ -182,8 +264,10 @@ class _Runner:
         restart.save(self.folder.restart, state, info={"stage": index})
 
     def _headline(self, index: int, stage: protocol.Dynamics, state: MDState, *, resume: bool) -> str:
-        start, end = protocol.temperatures(stage, temperature_K=self.config.temperature_K)
+        start, end = stage.temperature or (0.0, 0.0)
         warmth = f"{end:g} K" if start == end else f"{start:g} -> {end:g} K"
+        if stage.temperature is None:
+            warmth = ", ".join(f"{temperature:g}" for temperature in self.config.temperatures_K) + " K"
         goes_on = f", continued at {state.time_fs / 1000.0:.4g} ps" if resume else ""
         return (
             f"[{index + 1}/{len(self.config.stages)}] {protocol.stage_name(index, stage)}  {stage.kind}, {warmth}, "
@@ -191,97 +275,47 @@ class _Runner:
         )
 
     def _set_mean_volume(self, index: int, state: MDState) -> None:
-        """Give all replicas the mean volume of the NPT stage before."""
+        """Give all replicas of a condition the mean volume of the NPT stage before."""
         npt = max(i for i, stage in enumerate(self.config.stages[:index]) if stage.kind == "npt")
-        volume, note = mean_volume(self.folder.stage(protocol.stage_name(npt, self.config.stages[npt])))
-        state.scale_volume(volume)
-        self.log.line(f"volume set to {volume:.1f} Å^3, {float(state.density_g_cm3[0]):.4f} g/cm3: {note}")
+        name = protocol.stage_name(npt, self.config.stages[npt])
+        found = [mean_volume(condition.folder.stage(name)) for condition in self.conditions]
+        state.scale_volume(per_replica(self.conditions, [volume for volume, _ in found], device=state.device))
+        for condition, (volume, note) in zip(self.conditions, found, strict=True):
+            density = float(state.density_g_cm3[condition.first])
+            self.log.line(f"{condition.title}volume set to {volume:.1f} Å^3, {density:.4f} g/cm3: {note}")
 
     @contextmanager
-    def _recorders(self, name: str, stage: protocol.Dynamics, *, n_replicas: int) -> Iterator[list[Reporter]]:
+    def _recorders(self, name: str, stage: protocol.Dynamics) -> Iterator[list[Reporter]]:
         output = self.config.output
-        folder = self.folder.stage(name)
-        common: dict[str, Any] = {
-            "ensemble": protocol.ensemble(stage, pressure=self.config.target_pressure),
-            "n_replicas": n_replicas,
-        }
-        frames = FrameRecorder(folder, self.topology, stride=protocol.stride(output.trajectory_every, stage), **common)
-        series = ThermoRecorder(folder, self.topology, stride=protocol.stride(output.transport_every, stage), **common)
-        table = ThermoTable(folder / "thermo.csv", stride=protocol.stride(output.thermo_every, stage))
+        parts = portions(self.conditions, self.systems, stage=name)
+        ensemble = protocol.ensemble(stage, pressure=self.config.target_pressure)
+        frames = FrameRecorder(parts, ensemble=ensemble, stride=protocol.stride(output.trajectory_every, stage))
+        series = ThermoRecorder(parts, ensemble=ensemble, stride=protocol.stride(output.transport_every, stage))
+        every = protocol.stride(output.thermo_every, stage)
+        tables = [ThermoTable(part.folder / "thermo.csv", stride=every, replicas=part.replicas) for part in parts]
         with ExitStack() as stack:
             stack.enter_context(closing(frames))
             stack.enter_context(closing(series))
-            yield [frames, series, table, *self.extra]
+            yield [frames, series, *tables, *self.extra]
 
 
-def _banner(log: RunLog, config: RunConfig, box: Realisation, model: Model, *, folder: RunFolder) -> None:
+def _banner(log: RunLog, conditions: Sequence[Condition], model: Model, *, folder: RunFolder) -> None:
     log.line(f"bamboo-md {bamboo.__version__}   {model.description}   run: {folder.path}")
-    replicas = f", {config.build.replicas} replicas" if config.build.replicas > 1 else ""
-    log.line(f"box    {box}, charge 0{replicas}")
-    if box.worst_deviation > DEVIATION_WORTH_A_WARNING:
-        log.line(
-            f"       this box is too small for what was asked: an amount is off by {box.worst_deviation:.0%}. "
-            "More atoms (build.atoms) come closer."
-        )
+    for condition in conditions:
+        replicas = f", {condition.n_replicas} replicas" if condition.n_replicas > 1 else ""
+        log.line(f"box    {condition.title}{condition.box}, charge 0{replicas}")
+        deviation = condition.box.worst_deviation
+        if deviation > DEVIATION_WORTH_A_WARNING:
+            log.line(
+                f"       this box is too small for what was asked: an amount is off by {deviation:.0%}. "
+                "More atoms (build.atoms) come closer."
+            )
 
 
-def packing_density(config: RunConfig, box: Realisation) -> float:
-    """Return the density to pack at [g/cm3]."""
-    if config.build.density is not None:
-        return config.build.density / GRAM_PER_CM3
-    return protocol.PACKING_FRACTION * box.density_g_cm3
-
-
-def _start_systems(config: RunConfig, box: Realisation, folder: RunFolder, *, log: RunLog) -> list[System]:
-    """Pack the boxes, or read those packed before; what is read is what is used, so that both are the same."""
-    if not folder.start.exists() and config.structure is not None:
-        write_start(folder, [read_box(config.structure)[1]] * config.build.replicas, box)
-        log.line(f"start from {config.structure}")
-    elif not folder.start.exists():
-        density = packing_density(config, box)
-        seeds = range(config.build.seed, config.build.seed + config.build.replicas)
-        packed = [
-            pack_box(box.counts, density_g_cm3=density, seed=seed, tolerance_A=config.build.tolerance) for seed in seeds
-        ]
-        write_start(folder, packed, box)
-        length = packed[0].volume ** (1.0 / 3.0)
-        log.line(
-            f"packed {length:.2f} Å box at {density:.3f} g/cm3 (liquid, by ideal mixing: {box.density_g_cm3:.3f} g/cm3)"
-        )
-    frames = ase.io.read(folder.start, index=":", format="extxyz")
-    systems = [System.from_atoms(atoms) for atoms in frames]
-    if config.structure is not None:
-        given = read_box(config.structure)[1].positions
-        if given.shape != systems[0].positions.shape or not np.allclose(given, systems[0].positions, atol=1.0e-6):
-            raise InputError(f"{config.structure} has changed since {folder.path} was begun. Choose another folder.")
-    return systems
-
-
-def write_start(folder: RunFolder, systems: list[System], box: Realisation) -> None:
-    """Write the boxes a run starts from, all at once, and the first as PDB."""
-    draft = folder.start.with_suffix(".part")
-    ase.io.write(draft, [system.to_atoms() for system in systems], format="extxyz")
-    os.replace(draft, folder.start)
-    write_pdb(folder.path / "start.pdb", systems[0], build_topology(systems[0], box.counts))
-
-
-def _start_state(config: RunConfig, systems: Sequence[System], evaluator: Evaluator) -> MDState:
-    first = next((stage for stage in config.stages if not isinstance(stage, Minimise)), None)
-    start = (
-        config.temperature_K if first is None else protocol.temperatures(first, temperature_K=config.temperature_K)[0]
-    )
-    return MDState.from_systems(
-        systems, temperature_K=start, seed=config.build.seed, exact_temperature=True, device=device_of(evaluator)
-    )
-
-
-def start_box(config: RunConfig) -> tuple[Realisation, System]:
-    """Return the counts and one packed box of a configuration, for `build` and `check`."""
-    box = realise(config.what(), n_atoms=config.build.atoms)
-    if config.structure is not None:
-        return box, read_box(config.structure)[1]
-    density = packing_density(config, box)
-    return box, pack_box(box.counts, density_g_cm3=density, seed=config.build.seed, tolerance_A=config.build.tolerance)
+def _contents(conditions: Sequence[Condition]) -> dict[str, Any]:
+    """Return what is in the boxes, for the manifest."""
+    entries = {c.name: {"counts": c.box.counts, "formula": c.box.formula} for c in conditions}
+    return {"conditions": entries} if len(conditions) > 1 else entries[conditions[0].name]
 
 
 def analyse_folder(folder: Path) -> tuple[dict[str, Estimate], list[str]]:
@@ -292,18 +326,19 @@ def analyse_folder(folder: Path) -> tuple[dict[str, Estimate], list[str]]:
 
 @dataclass(frozen=True)
 class Check:
-    """What `bamboo-md check` found: the box, the speed, and the length of every stage."""
+    """What `bamboo-md check` found: the boxes of every condition, the speed of all, and the length of every stage."""
 
     model: str
-    box: Realisation
-    length_A: float
+    boxes: dict[str, tuple[Realisation, float]]  # name of the condition -> content, length as packed [Å]
     seconds_per_step: float
     memory_bytes: float | None  # None where it is not known
     stages: dict[str, int]  # name -> steps
 
     def __str__(self) -> str:
         total = sum(self.stages.values())
-        lines = [self.model, f"box    {self.box}, charge 0, {self.length_A:.1f} Å as packed"]
+        lines = [self.model]
+        for name, (box, length_A) in self.boxes.items():
+            lines.append(f"box    {f'{name}: ' if name else ''}{box}, charge 0, {length_A:.1f} Å as packed")
         if self.memory_bytes is not None:
             lines.append(f"memory about {self.memory_bytes / 1e9:.1f} GB")
         for name, steps in self.stages.items():
@@ -313,12 +348,14 @@ class Check:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content as JSON types."""
+        """Return the content as JSON types; with several conditions the boxes by name."""
+        boxes = {
+            name: {"counts": box.counts, "n_atoms": box.n_atoms, "length_A": length_A}
+            for name, (box, length_A) in self.boxes.items()
+        }
         return {
             "model": self.model,
-            "counts": self.box.counts,
-            "n_atoms": self.box.n_atoms,
-            "length_A": self.length_A,
+            **boxes.get("", {"conditions": boxes}),
             "seconds_per_step": self.seconds_per_step,
             "memory_bytes": self.memory_bytes,
             "stages": self.stages,
@@ -327,16 +364,26 @@ class Check:
 
 
 def check(config: RunConfig, *, model: Model | None = None) -> Check:
-    """Load the model, pack one box and time a few evaluations; raises what a run would raise."""
+    """Load the model, pack a box of each composition and time a few evaluations; raises what a run would raise.
+
+    Of a committee the first model is timed and all are counted.
+    """
     config = protocol.resolve(config)
+    members = list(config.each_member().values())
+    config, n_models = members[0], len(members)
     model = model or load_model(config)
-    n_atoms = config.build.replicas * realise(config.what(), n_atoms=config.build.atoms).n_atoms
-    check_memory(model.evaluator, n_atoms)
-    box, system = start_box(config)
-    seconds = config.build.replicas * seconds_per_step(model.evaluator, system)
+    alone = config.each_condition()
+    n_atoms = sum(one.build.replicas * realise(one.what(), n_atoms=one.build.atoms).n_atoms for one in alone.values())
+    check_memory(model.evaluator, n_atoms * n_models)
+    packed = {str(one.electrolyte): start_box(one) for one in alone.values()}
+    seconds = {name: seconds_per_step(model.evaluator, system) for name, (_, system) in packed.items()}
+    boxes = {}
+    for name, one in alone.items():
+        box, system = packed[str(one.electrolyte)]
+        boxes[name] = box, system.volume ** (1.0 / 3.0)
+    total = n_models * config.build.replicas * sum(seconds[str(one.electrolyte)] for one in alone.values())
     stages = {
         protocol.stage_name(index, stage): stage.steps if isinstance(stage, Minimise) else protocol.n_steps(stage)
         for index, stage in enumerate(config.stages)
     }
-    memory = memory_needed(model.evaluator, n_atoms)
-    return Check(model.description, box, system.volume ** (1.0 / 3.0), seconds, memory, stages)
+    return Check(model.description, boxes, total, memory_needed(model.evaluator, n_atoms * n_models), stages)

@@ -17,6 +17,8 @@ class Estimate:
     n_effective  number of independent samples behind the value
     method       how it was computed, for a reader
     warnings     what a reader must know before using the number
+    spread_over_models  standard deviation of the value over a committee of models; None where one model was used. It
+                 tells of the force field what ``stderr`` tells of the sampling, whose scatter it contains
     """
 
     value: float | None
@@ -25,6 +27,7 @@ class Estimate:
     n_effective: float | None
     method: str
     warnings: tuple[str, ...] = ()
+    spread_over_models: float | None = None
 
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % confidence interval in ``unit``, or None where there is no value or no error bar."""
@@ -37,16 +40,20 @@ class Estimate:
         return replace(self, warnings=(*self.warnings, text))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types."""
-        return asdict(self) | {"warnings": list(self.warnings)}
+        """Return the fields as JSON types; the spread over models only where there is one."""
+        fields = asdict(self) | {"warnings": list(self.warnings)}
+        if self.spread_over_models is None:
+            del fields["spread_over_models"]
+        return fields
 
     def __str__(self) -> str:
         if self.value is None:
             return f"no value: {'; '.join(self.warnings)}"
+        spread = "" if self.spread_over_models is None else f", spread over models {self.spread_over_models:.2g}"
         if not self.stderr or not math.isfinite(self.stderr):
-            return f"{self.value:.4g} {self.unit}".strip()
+            return f"{self.value:.4g} {self.unit}".strip() + spread
         text = f"{format_with_error(self.value, self.stderr)} {self.unit}".strip()
-        return text if self.n_effective is None else f"{text} (N_eff {self.n_effective:.0f})"
+        return text + spread if self.n_effective is None else f"{text} (N_eff {self.n_effective:.0f}){spread}"
 
 
 def format_with_error(value: float, stderr: float) -> str:

@@ -15,18 +15,22 @@ from ase.data import chemical_symbols
 from bamboo.errors import GuardError
 from bamboo.structure.packing import BOND_SCALE, bond_graph
 from bamboo.system import System
-from md.engine.state import MDState, PerReplica
+from md.engine.state import Evaluator, MDState, PerReplica
 
 CAUSE_BLOWUP = "timestep too long, overlapping start, or a force field outside its training domain"
 
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong in which replica (None: unknown), and the likely cause; phrases for a message."""
+    """What is wrong in which replica (None: unknown), and the likely cause; phrases for a message.
+
+    ``atoms`` are those concerned, counted within the replica; their frame marks them.
+    """
 
     replica: int | None
     what: str
     cause: str
+    atoms: tuple[int, ...] = ()
 
 
 class Guard(Protocol):
@@ -92,7 +96,7 @@ class MinimumDistance:
                 k = int(np.argmin(d))
                 pair = f"{_atom(system, int(i[k]))} and {_atom(system, int(j[k]))}"
                 what = f"{pair} are {d[k]:.2f} Å apart, less than {self.distance:g} Å"
-                return Violation(replica, what, CAUSE_BLOWUP)
+                return Violation(replica, what, CAUSE_BLOWUP, (int(i[k]), int(j[k])))
         return None
 
 
@@ -118,8 +122,44 @@ class IntactMolecules:
                 i, j = min(broken or formed)
                 pair = f"{_atom(system, i)} - {_atom(system, j)}"
                 what = f"bond {pair} has {'broken' if broken else 'formed'} ({len(broken) + len(formed)} bonds changed)"
-                return Violation(replica, what, "chemistry outside the training domain, or too hot a run")
+                return Violation(replica, what, "chemistry outside the training domain, or too hot a run", (i, j))
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitteeAgreement:
+    """The models of a committee agree on the force on every atom.
+
+    s_i = sqrt(sum_m |F_i^m - <F_i>|^2 / (M - 1)) over the M models, that of the run among them, stays below a limit
+    for all atoms. Models trained alike from different seeds part where their data end (Zhang et al., Phys. Rev. Mater.
+    3, 023804 (2019), who label frames between 0.05 and 0.35 eV/Å and discard those above).
+
+    others  evaluators of the other models
+    limit   eV/Å
+    """
+
+    others: Sequence[Evaluator]
+    limit: float = 1.0
+    stride: int = 100
+
+    def deviations(self, state: MDState) -> torch.Tensor:
+        """Return s_i, (n_atoms,) eV/Å."""
+        forces = [state.forces]
+        for evaluator in self.others:
+            theirs = evaluator.evaluate(state.batch).forces.detach().to(state.device)
+            forces.append(state.without_net(theirs) if state.centre_of_mass_fixed else theirs)
+        return torch.stack(forces).var(dim=0).sum(dim=1).sqrt()
+
+    def check(self, state: MDState) -> Violation | None:
+        deviation, atom = self.deviations(state).max(dim=0)
+        if float(deviation) <= self.limit:
+            return None
+        replica = int(state.batch.system_index[atom])
+        index = int(atom) - int((state.batch.system_index < replica).sum())
+        name = f"{chemical_symbols[int(state.batch.numbers[atom])]}{index}"
+        what = f"the models disagree on the force on {name} by {float(deviation):.2f} eV/Å, more than {self.limit:g}"
+        cause = "a structure unlike those the models were trained on: label the frame and train again"
+        return Violation(replica, what, cause, (index,))
 
 
 def check_guards(state: MDState, guards: Iterable[Guard]) -> Violation | None:
@@ -148,13 +188,16 @@ def guard_error(
         frame_folder.mkdir(parents=True, exist_ok=True)
         path = frame_folder / "blowup.extxyz"
         replicas = range(state.n_replicas) if violation.replica is None else [violation.replica]
-        ase.io.write(path, [_frame(state, replica) for replica in replicas], format="extxyz")
+        ase.io.write(path, [_frame(state, replica, marked=violation.atoms) for replica in replicas], format="extxyz")
         message += f" Frame: {path}."
     return GuardError(message)
 
 
-def _frame(state: MDState, replica: int) -> ase.Atoms:
-    """One replica as ASE structure, non-finite numbers included, with forces and momenta [ASE units]."""
+def _frame(state: MDState, replica: int, *, marked: Sequence[int]) -> ase.Atoms:
+    """One replica as ASE structure, non-finite numbers included, with forces and momenta [ASE units].
+
+    The array ``offending`` is True for the marked atoms.
+    """
     chosen = state.batch.system_index == replica
     host = {name: getattr(state.batch, name)[chosen].cpu().numpy() for name in ("numbers", "positions")}
     pbc = bool(state.batch.pbc[replica])
@@ -163,6 +206,7 @@ def _frame(state: MDState, replica: int) -> ase.Atoms:
     atoms.info["step"] = state.step
     atoms.arrays["momenta"] = state.momenta[chosen].cpu().numpy()
     atoms.arrays["md_forces"] = state.forces[chosen].cpu().numpy()
+    atoms.arrays["offending"] = np.isin(np.arange(len(atoms)), marked)
     return atoms
 
 

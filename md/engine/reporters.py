@@ -35,6 +35,7 @@ class ThermoTable:
     """One line per replica and record in a CSV file, for people and spreadsheets.
 
     conserved_eV is what the integrator would conserve exactly; pressure, density and volume are NaN for clusters.
+    ``replicas`` are those it tells of, counted from zero in the table.
     """
 
     COLUMNS = (
@@ -50,10 +51,10 @@ class ThermoTable:
         "conserved_eV",
     )
 
-    def __init__(self, path: Path, *, stride: int) -> None:
+    def __init__(self, path: Path, *, stride: int, replicas: slice = slice(None)) -> None:
         if stride < 1:
             raise InputError(f"stride is {stride}, expected a positive number of steps.")
-        self.path, self.stride = path, stride
+        self.path, self.stride, self.replicas = path, stride, replicas
 
     def report(self, state: MDState) -> None:
         columns = (
@@ -66,7 +67,7 @@ class ThermoTable:
             state.conserved_energy,
         )
         lines = []
-        for replica, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        for replica, values in enumerate(zip(*(column[self.replicas].tolist() for column in columns), strict=True)):
             numbers = [state.time_fs / 1000.0, replica, *values]
             lines.append(",".join([str(state.step), *(f"{number:.10g}" for number in numbers)]) + "\n")
         if not self.path.exists():

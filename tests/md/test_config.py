@@ -115,6 +115,26 @@ def test_a_structure_file_names_the_molecules(tmp_path: Path) -> None:
         load_config(write(tmp_path, f"structure: {tmp_path}/cluster.xyz\n")).what()
 
 
+def test_lists_make_conditions_and_one_value_makes_none(tmp_path: Path) -> None:
+    text = (
+        "electrolyte: [1 m LiPF6 in EC:DMC 3:7 wt, DMC]\nconditions: {temperature: [280 K, 313.15 K], pressure: 2 bar}"
+    )
+    config = load_config(write(tmp_path, text))
+    runs = config.each_condition()
+    first, second = "1-m-LiPF6-in-EC-DMC-3-7-wt", "DMC"
+    assert list(runs) == [f"{first}-280K", f"{first}-313.15K", f"{second}-280K", f"{second}-313.15K"]
+    last = runs["DMC-313.15K"]
+    assert last.temperature_K == 313.15 and last.what().solvents == {"DMC": 1.0}
+    assert last.target_pressure == pytest.approx(2.0 * units.BAR)
+    assert load_config(write(tmp_path, dump_config(config))).each_condition().keys() == runs.keys()
+    alone = load_config(write(tmp_path, dump_config(last)))
+    assert alone.each_condition() == {"": alone}
+    names = load_config(write(tmp_path, "electrolyte: DMC\ntemperature: [280 K, 320 K]")).each_condition()
+    assert list(names) == ["280K", "320K"]
+    names = load_config(write(tmp_path, "electrolyte: [DMC, EC]")).each_condition()
+    assert list(names) == ["DMC", "EC"]
+
+
 def test_quantities_round_trip_in_every_unit() -> None:
     assert parse_quantity("1 bar", dimension="pressure") == pytest.approx(
         0.1 * parse_quantity("1 MPa", dimension="pressure")
@@ -145,6 +165,15 @@ def test_quantities_round_trip_in_every_unit() -> None:
             "electrolyte: DMC\ntemperature: -3 K",
             "electrolyte.yaml:2: temperature: -3 K is out of range, expected more than 0 K",
         ),
+        (
+            "electrolyte: DMC\ntemperature: [280 K, 280.0 K]",
+            "electrolyte.yaml:2: temperature: holds a temperature twice.",
+        ),
+        ("electrolyte: DMC\ntemperature: [280 K]", "expected one temperature or a list of 2 to 50, got 1."),
+        ("electrolyte: DMC\ntemperature: [280 K, 9000 K]", "electrolyte.yaml:2: temperature: 9000 K is out of range"),
+        ("electrolyte: [DMC, ' DMC']", "electrolyte.yaml:1: electrolyte: holds a composition twice."),
+        ("electrolyte: [DMC, 3]", "electrolyte.yaml:1: electrolyte: '3' is not text such as"),
+        ("electrolyte: [DMC, EC]\nbuild: {replicas: 200}", "build.replicas: 400 boxes in all, expected at most 256."),
         ("electrolyte: DMC\ntemperature: 0 K", "temperature: 0 K is out of range, expected more than 0 K"),
         ("electrolyte: DMC\ntemperature: 5001 K", "temperature: 5001 K is out of range, expected more than 0 K"),
         ("electrolyte: DMC\ntemperature: 1e999 K", "electrolyte.yaml:2: temperature: 1e999 K is out of range"),
