@@ -6,6 +6,7 @@ unwrapped. What frames alone allow follows: density, diffusion, conductivity by 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ from md.topology import Ensemble, Floats, Topology
 from md.trajectory import THERMO, ThermoSeries, Trajectory, TrajectoryWriter
 
 LARGEST_STEP = 0.3  # of a cell edge between frames, beyond which nobody can tell which image an atom has moved to
+LARGEST_COORDINATE = 1.0e6  # Å, also of atoms that have wandered off through many images
+HEIGHTS = (2.0, 1.0e4)  # Å, of a cell
 CONSTANT_VOLUME = 1.0e-4  # relative change of the volume that is still none
 ENSEMBLES = {
     "nve": Ensemble("nve"),
@@ -81,7 +84,21 @@ def read_frames(path: Path) -> Iterator[Frame]:
         is_dump = file.read(5) == b"ITEM:"
     reader = {".dcd": _dcd_frames, ".xtc": _xtc_frames}.get(path.suffix.lower(), _ase_frames)
     with _one_line(path):
-        yield from (_dump_frames if is_dump else reader)(path)
+        for index, frame in enumerate((_dump_frames if is_dump else reader)(path)):
+            if not (np.abs(frame.positions) < LARGEST_COORDINATE).all() or not _is_box(frame.cell):
+                raise InputError(
+                    f"{path}: frame {index} holds absurd positions, or no cell between {HEIGHTS[0]:g} and "
+                    f"{HEIGHTS[1]:g} Å high."
+                )
+            yield frame
+
+
+def _is_box(cell: Floats) -> bool:
+    """Tell whether a cell is one that a liquid can have: finite, and its faces neither too near nor too far apart."""
+    if not np.isfinite(cell).all() or not abs(np.linalg.det(cell)) > 0.0:
+        return False
+    heights = 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+    return bool((heights > HEIGHTS[0]).all() and (heights < HEIGHTS[1]).all())
 
 
 @contextmanager
@@ -152,9 +169,12 @@ def _dump_sections(file: Any) -> dict[str, Any] | None:
         if not words:
             return None
         if words[:2] == ["ITEM:", "ATOMS"]:
-            rows = [file.readline().split() for _ in range(int(sections["NUMBER OF ATOMS"][0]))]
-            if not rows or len(rows[-1]) < len(words) - 2:
-                return None
+            n_atoms = int(sections["NUMBER OF ATOMS"][0])
+            rows: list[list[str]] = []
+            while len(rows) < n_atoms:  # row by row: a damaged number may be of any size
+                rows.append(file.readline().split())
+                if len(rows[-1]) < len(words) - 2:
+                    return None
             return sections | {"columns": words[2:], "rows": rows}
         if words[:3] == ["ITEM:", "BOX", "BOUNDS"]:
             sections |= {"flags": words[3:], "bounds": [file.readline().split() for _ in range(3)]}
@@ -240,7 +260,7 @@ def convert(
     target.unlink(missing_ok=True)
     before, step, jumped, volume = None, 0.0, False, abs(np.linalg.det(first.cell))
     with TrajectoryWriter(target, topology, ensemble=ENSEMBLES[ensemble], buffer=50) as writer:
-        for index, frame in enumerate(_chain(first, frames)):
+        for index, frame in enumerate(chain([first], frames)):
             if len(frame.positions) != len(order):
                 raise InputError(f"{path}: frame {index} has {len(frame.positions)} atoms, the first {len(order)}.")
             if ensemble != "npt" and abs(abs(np.linalg.det(frame.cell)) / volume - 1.0) > CONSTANT_VOLUME:
@@ -263,11 +283,6 @@ def convert(
     return Trajectory.read(target)
 
 
-def _chain(first: Frame, rest: Iterator[Frame]) -> Iterator[Frame]:
-    yield first
-    yield from rest
-
-
 def _recognised(
     path: Path, first: Frame, *, structure: Path | None, charges: str
 ) -> tuple[Topology, NDArray[np.int64], Floats]:
@@ -282,9 +297,8 @@ def _recognised(
         raise InputError(f"{structure}: {len(numbers)} atoms, but {path} has {len(first.positions)}.")
     if (numbers < 1).any():
         raise InputError(f"{path}: {(numbers < 1).sum()} atoms are of no known element. Correct them, or --structure.")
-    system = System(numbers, first.positions, first.cell, True)
     try:
-        names, order = recognise(system)
+        names, order = recognise(System(numbers, first.positions, first.cell, True))
     except InputError as error:
         raise InputError(f"{path}: {error} (On the command line: --molecule NAME=SMILES.)") from None
     index = np.repeat(np.arange(len(names)), [molecule(name).n_atoms for name in names])

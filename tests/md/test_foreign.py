@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bamboo.errors import InputError
+from bamboo.errors import BambooError, InputError
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import molecule_names, pack_box
 from md.cli import app
@@ -321,3 +321,35 @@ def test_a_cell_of_any_orientation_is_turned_with_its_atoms(tmp_path: Path) -> N
         moved = (found.positions[-1] - found.positions[0])[found.topology.select(species=name)] @ inverse
         np.testing.assert_allclose(np.sort(moved, axis=0), np.sort(expected.T, axis=0), atol=1e-4)
     assert_same_motion(found, motion)
+
+
+def test_damaged_files_end_in_one_line(tmp_path: Path) -> None:
+    """Dumps and data files with bytes replaced, removed, repeated: a trajectory or one line, nothing else."""
+    motion = Motion()
+    dump = write_dump(tmp_path / "run.dump", motion, "id type x y z").read_text().splitlines()[: 3 * 60]
+    data = write_data(tmp_path / "run.data", motion).read_text().splitlines()
+    generator = np.random.default_rng(7)
+    outcomes = {"read": 0, "refused": 0}
+    for round_ in range(300):
+        texts = []
+        for lines in (dump, data):
+            lines = list(lines)
+            for _ in range(generator.integers(0, 3)):
+                line = int(generator.integers(0, min(len(lines), 40)))
+                words = lines[line].split(" ")
+                words[generator.integers(0, len(words))] = generator.choice(
+                    ["", "nan", "-1", "1e300", "x", "0", "9" * 12]
+                )
+                lines[line] = " ".join(words)
+            if generator.random() < 0.2:
+                del lines[generator.integers(0, len(lines)) :]
+            texts.append("\n".join(lines) + "\n")
+        (tmp_path / "run.dump").write_text(texts[0])
+        (tmp_path / "run.data").write_text(texts[1])
+        try:
+            convert(tmp_path / "run.dump", tmp_path / "traj.h5", interval_ps=1.0, structure=tmp_path / "run.data")
+            outcomes["read"] += 1
+        except BambooError as error:
+            assert len(str(error).splitlines()) == 1, round_
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20, outcomes
