@@ -25,8 +25,8 @@ properties: [density]
 stages:
   - {kind: minimise, steps: 10}
   - {kind: nvt, time: 10 fs, timestep: 0.5 fs, thermostat: langevin, damping: 20 fs, temperature: [50 K, 150 K]}
-  - {kind: npt, time: 20 fs, damping: 2 fs, barostat_damping: 20 fs}
-  - {kind: nvt, time: 20 fs, damping: 2 fs, volume: mean}
+  - {kind: npt, time: 50 fs, damping: 2 fs, barostat_damping: 20 fs}
+  - {kind: nvt, time: 50 fs, damping: 2 fs, volume: mean}
 output: {trajectory_every: 5 fs, thermo_every: 5 fs, transport_every: 1 fs}
 checkpoint: {every: 1000 s}
 guards: {max_temperature: 10.0}
@@ -69,8 +69,10 @@ def test_every_condition_has_the_folder_of_a_run(finished: tuple[Path, str]) -> 
         for stage in STAGES:
             with h5py.File(part / "stages" / stage / "traj.h5") as file:
                 assert file["coordinates"].shape[1:] == (n_atoms, 3)
-        assert len((part / "stages/04-nvt/thermo.csv").read_text().splitlines()) == 1 + 5
+        assert len((part / "stages/04-nvt/thermo.csv").read_text().splitlines()) == 1 + 11
         assert f"{name}: packed" in output
+    first, second = (ase.io.read(folder / name / "start.extxyz").positions for name in NAMES[:2])
+    assert np.abs(first - second).max() > 0.1
     assert not (folder / "stages").exists() and (folder / "restart").exists()
     assert "[3/4] 03-npt  npt, 150, 600 K" in output
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -82,7 +84,7 @@ def test_every_condition_has_its_temperature_and_its_volume(finished: tuple[Path
     volumes = []
     for name in NAMES:
         with h5py.File(folder / name / "stages/04-nvt/thermo.h5") as file:
-            assert file["volume"].shape == (21, 1)
+            assert file["volume"].shape == (51, 1)
             mean = float(file["temperature_K"][:].mean())
             volumes.append(float(file["volume"][0, 0]))
         assert mean == pytest.approx(float(name.split("-")[1][:-1]), rel=0.2)
