@@ -101,19 +101,19 @@ def test_rounds_that_do_not_converge_fail_with_the_table(toy: Any) -> None:
 def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped inside the second simulation by a signal, continued: the same numbers as never stopped."""
     whole = align(load_align_config(toy(name="whole", pressure=3000, tolerance=0.2)), say=lambda _: None)
-    path, original, steps = toy(name="parts", pressure=3000, tolerance=0.2), Simulation._step, 0
+    path, original, steps = toy(name="parts", pressure=3000, tolerance=0.2), Simulation._advance, 0
 
-    def step(self: Simulation) -> None:
+    def step(self: Simulation, last: int) -> None:
         nonlocal steps
-        original(self)
+        original(self, last)
         steps += self.restart_folder is not None  # not in the warm-up, which is not kept
         if steps == 950:  # of 600 per simulation
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Simulation, "_step", step)
+    monkeypatch.setattr(Simulation, "_advance", step)
     with pytest.raises(CheckpointedStop):
         align(load_align_config(path), say=lambda _: None)
-    monkeypatch.setattr(Simulation, "_step", original)
+    monkeypatch.setattr(Simulation, "_advance", original)
     parts = align(load_align_config(path), say=lambda _: None)
     for moment in ("before", "after"):
         assert parts["aligned"][moment] == whole["aligned"][moment]
