@@ -1,5 +1,6 @@
 """Who does the work of an evaluation: the engines, one interface, and the choice among them."""
 
+import importlib.metadata
 import importlib.util
 import logging
 from functools import cache
@@ -91,7 +92,10 @@ def triton_status(device: torch.device | str = "cuda") -> str:
     from bamboo.kernels.triton_network import INTERPRETED
 
     if torch.device(device).type != "cuda":
-        return "" if INTERPRETED else "it needs a CUDA device"
+        if not INTERPRETED:
+            return "it needs a CUDA device"
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+        return "" if (int(major), int(minor)) >= (3, 7) else "the interpreter of Triton before 3.7 fails with NumPy"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     return "TRITON_INTERPRET is set, and the interpreter works on the CPU" if INTERPRETED else ""

@@ -62,9 +62,7 @@ def test_forces_and_virial_are_the_gradient(evaluate, make_force_field, make_clu
 
 
 @pytest.mark.parametrize("attention", ["get", "gedt"])
-def test_both_attentions(evaluate, make_force_field, make_cluster, attention, engine):
-    if attention == "gedt" and engine == "native":
-        pytest.skip("the native engine knows the plain attention only")
+def test_both_attentions(evaluate, make_force_field, make_cluster, attention):
     system, field = make_cluster(8), make_force_field("all", attention=attention)
     directions = directions_of(system)
     expected = slopes(evaluate, field, system, directions)
