@@ -87,6 +87,7 @@ def data_select(
     output: Annotated[Path, typer.Option(help="File to write.")],
     count: Annotated[int, typer.Option(min=1, help="How many frames.")] = 400,
     atoms: Annotated[tuple[int, int], typer.Option(help="Smallest and largest cluster.")] = (6, 20),
+    kind: Annotated[list[str] | None, typer.Option(help="Only these: lithium, anion, ion_pair, neutral.")] = None,
     committee: Annotated[
         list[str] | None, typer.Option(help="Models: where they differ most comes first, hot frames never.")
     ] = None,
@@ -97,20 +98,22 @@ def data_select(
     from bamboo.learn.evaluate import disagreement
     from bamboo.learn.fit import held_out_group
     from bamboo.quantum.dataset import count_table, read_frames, read_provenance, write_frames
-    from bamboo.quantum.selection import select_frames
+    from bamboo.quantum.selection import SHARES, select_frames
 
     labelled = {frame.system.positions.tobytes() for path in known or [] for frame in read_frames(path)}
     frames = [frame for source in sources for frame in read_frames(source)]
     frames = [
         frame
         for frame in frames
-        if atoms[0] <= frame.system.n_atoms <= atoms[1] and frame.system.positions.tobytes() not in labelled
+        if atoms[0] <= frame.system.n_atoms <= atoms[1]
+        and frame.kind in (kind or SHARES)
+        and frame.system.positions.tobytes() not in labelled
     ]
     scores = None
     if committee:
         frames = [frame for frame in frames if held_out_group(frame) != "hot"]
         scores = disagreement([load(name) for name in committee], frames, progress=_tell)
-    chosen = select_frames(frames, count=count, atoms=atoms, scores=scores)
+    chosen = select_frames(frames, count=count, atoms=atoms, kinds=kind or (), scores=scores)
     origin = read_provenance(sources[0])
     write_frames(output, chosen, provenance={k: v for k, v in origin.items() if not k.startswith("format")})
     print(count_table(chosen))

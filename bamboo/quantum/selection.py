@@ -20,26 +20,29 @@ def select_frames(
     *,
     count: int,
     atoms: tuple[int, int] = (6, 20),
+    kinds: Sequence[str] = (),
     scores: NDArray[np.float64] | None = None,
     seed: int = 0,
 ) -> list[Frame]:
     """Return ``count`` isolated clusters of ``atoms`` (smallest, largest) size, balanced from the first frames on.
 
-    Kinds get fixed shares; within a kind compositions and ways of sampling take turns, each giving a random frame or,
-    where ``scores`` (n_frames,) are given, the one with the highest (nan: never).
+    Kinds (all, or those in ``kinds``) get fixed shares; within a kind compositions and ways of sampling take turns,
+    each giving a random frame or, where ``scores`` (n_frames,) are given, the one with the highest (nan: never).
     A trajectory gives at most three frames; at most a quarter of the frames contain phosphorus.
 
-    Raises InputError where fewer than ``count`` frames can be had.
+    Raises InputError for kinds that have no share, and where fewer than ``count`` frames can be had.
     """
+    if unknown := set(kinds) - SHARES.keys():
+        raise InputError(f"Unknown kind {', '.join(sorted(unknown))}; expected {', '.join(SHARES)}.")
     generator = np.random.default_rng(seed)
-    queues: dict[str, dict[tuple[tuple[int, ...], str], list[Frame]]] = {kind: {} for kind in SHARES}
+    queues: dict[str, dict[tuple[tuple[int, ...], str], list[Frame]]] = {kind: {} for kind in kinds or SHARES}
     order = generator.permutation(len(frames))
     if scores is not None:  # the last of a queue is taken first
         order = order[np.argsort(scores[order], kind="stable")]
         order = order[~np.isnan(scores[order])]
     for k in order:
         frame = frames[k]
-        if frame.kind in SHARES and not frame.system.pbc and atoms[0] <= frame.system.n_atoms <= atoms[1]:
+        if frame.kind in queues and not frame.system.pbc and atoms[0] <= frame.system.n_atoms <= atoms[1]:
             group = (tuple(sorted(frame.system.numbers.tolist())), frame.sampling)
             queues[frame.kind].setdefault(group, []).append(frame)
     chosen: list[Frame] = []

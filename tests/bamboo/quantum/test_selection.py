@@ -63,6 +63,13 @@ def test_highest_scores_come_first_and_nan_never(pool: list[Frame]) -> None:
     assert Counter(m.kind for m in chosen) == Counter(m.kind for m in select_frames(pool[300:], count=150))
 
 
+def test_only_the_kinds_asked_for(pool: list[Frame]) -> None:
+    chosen = select_frames(pool, count=60, kinds=("lithium", "neutral"))
+    assert Counter(member.kind for member in chosen) == {"lithium": 30, "neutral": 30}  # their shares are equal
+    with pytest.raises(InputError, match="Unknown kind metal"):
+        select_frames(pool, count=1, kinds=("metal",))
+
+
 def test_too_few_frames_are_an_error(pool: list[Frame]) -> None:
     with pytest.raises(InputError, match="could be selected"):
         select_frames(pool, count=5000)
