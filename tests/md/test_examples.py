@@ -68,7 +68,7 @@ def test_run_leaves_a_run_folder(desk: Path) -> None:
     execute(desk, "3_run")
     properties = json.loads((desk / "runs/smoke/properties.json").read_text())
     assert properties["density"]["value"] is None  # a hundred femtoseconds are no result
-    assert "run about" in properties["density"]["reason"]
+    assert "run about" in properties["density"]["warnings"][0]
 
 
 def test_learning_stages(desk: Path) -> None:
