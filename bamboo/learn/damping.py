@@ -5,7 +5,7 @@ have and that ``bamboo.learn.evidence`` compares, E the interaction energies.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,8 @@ from scipy.optimize import minimize_scalar
 from bamboo import units
 from bamboo.errors import InputError
 from bamboo.learn.evidence import Curve, answers_of_labels, compared, curves
-from bamboo.neighbors import all_cluster_pairs
 from bamboo.quantum.dataset import Frame
-from bamboo.quantum.labels import Labels
-from bamboo.system import Batch
-from bamboo.terms.d3_table import fill_d3_table
-from bamboo.terms.dispersion import Dispersion, DispersionConfig
+from bamboo.terms.dispersion import DispersionConfig
 
 RANGE = (5.0 * units.BOHR, 9.0 * units.BOHR)  # Å; the original and the published model have 6.25 and 7.75 bohr
 
@@ -47,7 +43,7 @@ def fit_damping(frames: Sequence[Frame], reference: Sequence[Frame]) -> DampingF
     truth = curves(answers_of_labels(reference))
 
     def gaps(length: float) -> tuple[NDArray[np.float64], dict[str, Curve]]:
-        found = curves({name: labels for frame in frames for name, labels in _with_dispersion(frame, length).items()})
+        found = curves(answers_of_labels(frames, DispersionConfig(damping_length=length)))
         return np.array(
             [
                 found[what][x] - value
@@ -62,15 +58,3 @@ def fit_damping(frames: Sequence[Frame], reference: Sequence[Frame]) -> DampingF
     best = minimize_scalar(lambda length: float(np.mean(gaps(length)[0] ** 2)), bounds=RANGE, method="bounded")
     left, found = gaps(float(best.x))
     return DampingFit(float(best.x), float(np.sqrt(np.mean(left**2))), len(left), found)
-
-
-def _with_dispersion(frame: Frame, length: float) -> dict[str, Labels]:
-    """Return the labels of a probe with the dispersion energy of its pairs, under its name."""
-    dispersion = Dispersion(replace(DispersionConfig(), damping_length=length))
-    fill_d3_table(dispersion)
-    batch = Batch.from_systems([frame.system])
-    i, j = all_cluster_pairs(batch).index
-    distance = (batch.positions[i] - batch.positions[j]).norm(dim=-1)
-    energy = dispersion(distance, batch.numbers[i], batch.numbers[j]).sum()
-    ((name, labels),) = answers_of_labels([frame]).items()
-    return {name: replace(labels, energy=labels.energy + float(energy))}

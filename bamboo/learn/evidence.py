@@ -6,10 +6,11 @@ The probes (``bamboo.quantum.probes``) are rigid or given geometries, so every s
     shell     E(Li S_n) - E(Li S_(n-1)) - E(S), the n-th solvent binding to lithium (geometries as given)
     rotation  E(angle) - E(0)
 
-and for the charges, whose potential the liquid feels from afar.
+and for the charges, whose potential the liquid feels from afar. Levels without dispersion get that of a new model.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from bamboo.checkpoint import load
 from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator
 from bamboo.forcefield import ForceField
+from bamboo.neighbors import all_cluster_pairs
 from bamboo.quantum.dataset import Frame, read_frames
 from bamboo.quantum.esp import potential_points
 from bamboo.quantum.labels import Labels
 from bamboo.system import Batch, System
+from bamboo.terms.d3_table import fill_d3_table
+from bamboo.terms.dispersion import Dispersion, DispersionConfig
 
 Curve = dict[float, float]  # coordinate -> kcal/mol
 CLOSEST_LITHIUM, CLOSEST = 1.6, 2.3  # Å, pairs closer than this are not compared
@@ -36,7 +40,7 @@ def compare(models: Sequence[str], files: Sequence[Path], *, figure: Path) -> st
     files   labelled probes (HDF5), one level of theory each; the first is the reference and says which probes count
     """
     probes = [read_frames(path) for path in files]
-    names = [frames[0].labels.level if frames else str(path) for path, frames in zip(files, probes, strict=True)]
+    names = [_level(frames) or str(path) for path, frames in zip(files, probes, strict=True)]
     answers = {name: answers_of_labels(frames) for name, frames in zip(names, probes, strict=True)}
     answers |= {model: answers_of_model(load(model), probes[0], name=model) for model in models}
     found = {name: curves(answer) for name, answer in answers.items()}
@@ -45,9 +49,32 @@ def compare(models: Sequence[str], files: Sequence[Path], *, figure: Path) -> st
     return f"{curve_table(found, names[0])}\n\n{charge_table(answers, systems, reference=names[0])}"
 
 
-def answers_of_labels(frames: Sequence[Frame]) -> dict[str, Labels]:
-    """Return the labels of each probe by its name."""
-    return {_name(frame): frame.labels for frame in frames}
+def _level(frames: Sequence[Frame]) -> str:
+    """Return the level of probes as the tables call it; '' without probes."""
+    if not frames:
+        return ""
+    labels = frames[0].labels
+    return labels.level if labels.contains_dispersion else f"{labels.level.partition(',')[0]} + D3-CSO"
+
+
+def answers_of_labels(frames: Sequence[Frame], dispersion: DispersionConfig = DispersionConfig()) -> dict[str, Labels]:
+    """Return the labels of each probe by its name, with dispersion where the level has none."""
+    term = Dispersion(dispersion)
+    fill_d3_table(term)
+    return {
+        _name(frame): frame.labels
+        if frame.labels.contains_dispersion
+        else replace(frame.labels, energy=frame.labels.energy + _dispersion_energy(term, frame.system))
+        for frame in frames
+    }
+
+
+def _dispersion_energy(term: Dispersion, system: System) -> float:
+    """Return the dispersion energy of a cluster [eV]."""
+    batch = Batch.from_systems([system])
+    i, j = all_cluster_pairs(batch).index
+    distance = (batch.positions[i] - batch.positions[j]).norm(dim=-1)
+    return float(term(distance, batch.numbers[i], batch.numbers[j]).sum())
 
 
 def answers_of_model(force_field: ForceField, frames: Sequence[Frame], *, name: str) -> dict[str, Labels]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from bamboo.errors import InputError
 from bamboo.learn.evidence import answers_of_labels, answers_of_model, charge_table, curve_table, curves, plot
@@ -10,6 +11,8 @@ from bamboo.quantum.dataset import Frame
 from bamboo.quantum.esp import potential_points
 from bamboo.quantum.labels import Labels
 from bamboo.system import Batch, System
+from bamboo.terms.d3_table import fill_d3_table
+from bamboo.terms.dispersion import Dispersion, DispersionConfig
 from bamboo.units import DEBYE, KCAL_PER_MOL
 
 ENERGIES = {
@@ -34,6 +37,18 @@ def test_curves_are_differences_from_parts() -> None:
     shell = found["shell:Li+EC"]
     assert [shell[n] * KCAL_PER_MOL for n in (1.0, 2.0)] == pytest.approx([-1.5, -1.0])
     assert [value * KCAL_PER_MOL for value in found["rotation:DMC"].values()] == pytest.approx([0.0, 1.0])
+
+
+def test_dispersion_comes_on_top_where_the_level_has_none() -> None:
+    system = System(np.array([9, 9]), np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 3.1]]), np.zeros((3, 3)), False, 0.0)
+    levels = {"bare/1": "B3LYP/def2-SVPD", "full/1": "wB97M-V"}
+    probes = [Frame(system, Labels(level, -7.0), "neutral", "scan", name) for name, level in levels.items()]
+    found = answers_of_labels(probes)
+    assert found["full/1"].energy == -7.0
+    term = Dispersion(DispersionConfig())
+    fill_d3_table(term)
+    expected = term.pair_energy(torch.tensor(3.1, dtype=torch.float64), term.c6[9], term.radius[9, 9])
+    assert found["bare/1"].energy + 7.0 == pytest.approx(float(expected), rel=1e-10) < -1e-4
 
 
 def test_table_and_picture(tmp_path) -> None:
