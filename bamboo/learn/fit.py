@@ -74,7 +74,8 @@ class LoopBlock(_Block):
 class TrainConfig(_Block):
     """What ``bamboo-md train train.yaml`` reads.
 
-    data       HDF5 files of frames (``bamboo-md data import`` makes them)
+    data       HDF5 files of frames (``bamboo-md data import`` makes them); a file named n times counts n times, and
+               errors are measured by held-out frames whose labels are not lifted, where there are such
     output     model file to write; its folder also takes the CSV log and the saved state
     start      zoo name or model file whose weights to begin from; without it, new weights
     max_force  eV/Å; frames with a larger force component are left out
@@ -151,6 +152,12 @@ def load_frames(paths: Sequence[Path], *, max_force: float, say: Callable[[str],
     return kept
 
 
+def measured_by(frames: Sequence[Frame], split: str) -> list[Frame]:
+    """Return the frames of a split that measure errors: each once, lifted ones only where there are no others."""
+    members = {(f.trajectory, f.labels.level, f.system.positions.tobytes()): f for f in frames if f.split == split}
+    return [f for f in members.values() if not f.labels.level.endswith(LIFTED)] or list(members.values())
+
+
 def prepare_force_field(config: TrainConfig, frames: Sequence[Frame]) -> ForceField:
     """Return the force field to train: started from a model file, or new with the D3 table and fitted references."""
     torch.manual_seed(config.seed)
@@ -183,7 +190,7 @@ def choose_trained(force_field: ForceField, trained: str) -> None:
 
 def held_out_errors(force_field: ForceField, frames: Sequence[Frame]) -> dict[str, Errors]:
     """Return the errors on those of the frames that are held out, by group; empty where none is."""
-    test = [frame for frame in frames if frame.split == "test"]
+    test = measured_by(frames, "test")
     return evaluate(force_field, make_samples(force_field, test), [held_out_group(f) for f in test]) if test else {}
 
 
@@ -212,7 +219,9 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     frames = load_frames(config.data, max_force=config.max_force, say=say)
     parts: dict[str, list[Frame]] = {
-        name: [f for f in frames if f.split == name] for name in ("train", "validation", "test")
+        "train": [frame for frame in frames if frame.split == "train"],
+        "validation": measured_by(frames, "validation"),
+        "test": measured_by(frames, "test"),
     }
     if not parts["train"]:
         raise InputError("No frames are left for training; check `data` and `max_force`.")

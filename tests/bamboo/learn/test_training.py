@@ -21,10 +21,12 @@ from bamboo.learn.fit import (
     WeightsBlock,
     _log,
     _pooled,
+    measured_by,
     new_force_field,
     prepare_force_field,
     train,
 )
+from bamboo.learn.lift import LIFTED
 from bamboo.learn.loop import Loop, LoopConfig, Progress
 from bamboo.learn.losses import LossWeights, loss_parts, total_loss
 from bamboo.learn.samples import (
@@ -348,6 +350,15 @@ def test_pooled_error_leaves_out_groups_without_forces() -> None:
     frames = [FRAMES[0], replace(FRAMES[1], labels=replace(FRAMES[1].labels, forces=None))]
     errors = evaluate(force_field, make_samples(force_field, frames), [frame.kind for frame in frames])
     assert _pooled(errors) == pytest.approx(errors["neutral"].forces)
+
+
+def test_errors_are_measured_by_each_true_label_once() -> None:
+    frames = [spring_frame(seed, lithium=False) for seed in range(40)]
+    frames = [frame for frame in frames if frame.split == "test"]
+    lifted = [replace(f, labels=replace(f.labels, level=f"{f.labels.level}{LIFTED}")) for f in frames]
+    assert frames and {id(frame) for frame in measured_by([*frames, *lifted, *frames], "test")} == set(map(id, frames))
+    assert len(measured_by([*lifted, *lifted], "test")) == len(lifted)  # better than nothing
+    assert measured_by(frames, "train") == []
 
 
 def test_disagreement_is_the_spread_of_forces_over_models() -> None:
