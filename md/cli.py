@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bamboo.errors import GuardError
+from md import cli_batch
 from md.cli_data import data_app
 from md.command import reported
 
@@ -263,6 +264,9 @@ def model_import(
 
     import_published(source, destination)
     print(f"wrote {destination}")
+
+
+cli_batch.register(app)
 
 
 def _show_version(wanted: bool) -> None:
