@@ -1,6 +1,7 @@
 """Batch scripts, run under bash with stand-ins for the batch system and for bamboo-md."""
 
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -228,3 +229,14 @@ def test_submit_refuses_what_cannot_be_meant(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "run.yaml").write_text("electrolyte: XYZ\n")
     assert "run.yaml:1" in message("--slurm")
     assert not list(tmp_path.glob("*.slurm"))
+
+
+def test_the_example_writes_a_script_for_all_its_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/7_batch_job.py"))
+    text = (tmp_path / "7_batch_job.slurm").read_text()
+    assert "#SBATCH --array=0-26\n" in text and "--job-name=run-7-batch-job\n" in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert " 13  1-m-LiPF6-in-EC-DMC-30-70-wt-298K-seed2\n" in capsys.readouterr().out
