@@ -88,7 +88,8 @@ def sweep(
 ) -> None:
     """Run every composition, temperature and seed of a file; the same command continues what is not finished.
 
-    The options of jobs (--time and so on) belong to --slurm.
+    Every combination is a run of its own, for many processors or an array job. A few small boxes are faster as lists in
+    the file of one run, which advances them together. The options of jobs (--time and so on) belong to --slurm.
     """
     from md.batch import slurm_script, submit_command
     from md.run_folder import RunFolder

@@ -32,16 +32,12 @@ DEEPEST = 3  # folders below the given one in which runs are looked for
 
 @dataclass(frozen=True)
 class Result:
-    """What one condition of one finished run says."""
+    """What one condition of one finished run says; ``counts`` are the molecules and ions in its box."""
 
     name: str
     config: RunConfig
     properties: dict[str, Estimate]
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Molecules and ions in the box."""
-        return realise(self.config.what(), n_atoms=self.config.build.atoms).counts
+    counts: dict[str, int]
 
     @property
     def electrolyte(self) -> str:
@@ -191,13 +187,16 @@ def collect(source: Path, *, folder: Path | None = None) -> Collection:
     missing: dict[str, str] = {}
     for run in runs:
         try:
-            results += _results(run) if run.name not in unfit else []
-            missing |= {run.name: unfit[run.name]} if run.name in unfit else {}
+            if run.name in unfit:
+                raise InputError(unfit[run.name])
+            results += _results(run)
         except InputError as error:
             missing[run.name] = str(error)
     if not results:
         listing = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
         raise InputError(f"{source}: no run is finished.\n{listing}")
+    if not any(result.properties for result in results):
+        raise InputError(f"{source}: its runs were asked for no properties. Give some and analyse them again.")
     return _grouped(results, missing)
 
 
@@ -235,6 +234,7 @@ def _results(run: Member) -> list[Result]:
             {key.removeprefix(f"{name}/"): e for key, e in properties.items() if key.startswith(f"{name}/")}
             if name
             else properties,
+            realise(config.what(), n_atoms=config.build.atoms).counts,
         )
         for name, config in RunFolder(run.folder).read_config().each_condition().items()
     ]

@@ -262,11 +262,15 @@ def run_members(members: Sequence[Member], *, processes: int | None = None, say:
         f"{n_processes} at a time, {threads} thread{'s' if threads > 1 else ''} each"
     )
     running: list[Process] = []
+    told = False
     with _Signals() as stop:
         while running or (waiting and stop.received is None):
             while waiting and stop.received is None and len(running) < n_processes:
                 free = next((member for member in waiting if not member.is_busy), None)
                 if free is None:
+                    if not (running or told):
+                        told = True
+                        say(f"waiting for other processes that work on {', '.join(m.name for m in waiting)}")
                     break
                 waiting.remove(free)
                 if not free.is_finished:  # now, by the process that it was waited for

@@ -271,6 +271,12 @@ def test_members_without_results_are_listed_with_their_reason(tmp_path: Path, mo
 def test_nothing_to_collect_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run in it"):
         collect(tmp_path)
+    finished(tmp_path / "a", {})
+    with pytest.raises(InputError, match="asked for no properties"):
+        collect(tmp_path)
+    finished(tmp_path / "a", {"viscosity": value(1.0, 0.1)}, electrolyte=None, structure="gone.cif")
+    with pytest.raises(InputError, match=r"no run is finished.\n  a: .*gone\.cif"):
+        collect(tmp_path)
     (finished(tmp_path / "a", {}) / "properties.json").unlink()
     with pytest.raises(InputError, match=r"no run is finished\.\n  a: not finished"):
         collect(tmp_path)
