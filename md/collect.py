@@ -252,7 +252,9 @@ def _grouped(results: Sequence[Result], missing: Mapping[str, str]) -> Collectio
             left_out[result.name] = f"has the seed of {same[seed].name}, which is no independent run"
         else:
             same[seed] = result
-    return Collection(tuple(Group(tuple(group.values())) for group in found.values()), left_out)
+    groups = [Group(tuple(group.values())) for group in found.values()]
+    groups.sort(key=lambda g: (g.concentration["molality_mol_kg"] or 0.0, g.first.electrolyte, g.temperature_K))
+    return Collection(tuple(groups), left_out)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -44,12 +44,15 @@ def concentration_figure(collection: Collection, name: str) -> Figure | None:
             series.setdefault(_series(group, salts=axis is not None), []).append((x, group))
     if not any(len({x for x, _ in points}) > 1 for points in series.values()):
         return None
-    molecules = next(iter(collection.groups[0].first.counts))
-    label = "molality / (mol/kg)" if axis else f"mole fraction of {molecules}"
-    figure, axes = _axes(label, name, _unit(collection.groups, name))
-    for points in series.values():
+    first = next(iter(collection.groups[0].first.counts))
+    x_label = "molality / (mol/kg)" if axis else f"mole fraction of {first}"
+    figure, axes = _axes(x_label, name, _unit(collection.groups, name))
+    several = len({key[:-1] for key in series}) > 1
+    for (molecules, ratio, basis, *_), points in series.items():
         points.sort(key=lambda point: point[0])
-        _points(axes, [x for x, _ in points], [g for _, g in points], name, f"{points[0][1].temperature_K:g} K")
+        shares = "".join(f", {part:.3g} {solvent}" for solvent, part in ratio) + f" {basis}".rstrip()
+        label = f"{' '.join(molecules) + shares if several else ''} {points[0][1].temperature_K:g} K".strip()
+        _points(axes, [x for x, _ in points], [g for _, g in points], name, label)
     axes.legend()
     return figure
 
@@ -59,8 +62,8 @@ def _series(group: Group, *, salts: bool) -> tuple[Any, ...]:
     what = group.first.config.what()
     total = sum(what.solvents.values())
     ratio = tuple((solvent, round(part / total, 6)) for solvent, part in what.solvents.items()) if salts else ()
-    names = tuple(sorted(group.first.counts)) if not salts or not ratio else ()
-    return names, ratio, what.basis, group.first.config.model_names, f"{group.temperature_K:.6g}"
+    names, models = tuple(sorted(group.first.counts)), group.first.config.model_names
+    return names, ratio, what.basis if ratio else "", models, f"{group.temperature_K:.6g}"
 
 
 def arrhenius_figure(name: str, fits: Sequence[tuple[list[Group], ArrheniusFit]]) -> Figure:

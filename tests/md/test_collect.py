@@ -17,7 +17,7 @@ from md import cli, protocol
 from md.analysis.arrhenius import arrhenius_fit
 from md.analysis.estimate import Estimate, no_value
 from md.collect import Collection, collect, table, together
-from md.collect_figures import write_figures
+from md.collect_figures import arrhenius_figure, concentration_figure, write_figures
 from md.config import RunConfig
 from md.results import write_properties
 from md.run_folder import RunFolder
@@ -200,8 +200,6 @@ def test_a_series_gives_its_activation_energies(collection: Collection) -> None:
 
 
 def test_figures_show_what_the_table_says(collection: Collection, tmp_path: Path) -> None:
-    from md.collect_figures import arrhenius_figure, concentration_figure
-
     names = {path.name for path in write_figures(collection, tmp_path)}
     assert names == {f"{name}-{kind}.png" for name in ("conductivity", "viscosity") for kind in KINDS}
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
@@ -222,6 +220,39 @@ def test_figures_show_what_the_table_says(collection: Collection, tmp_path: Path
     line = next(line for line in axes.lines if len(line.get_xydata()) == 2)
     slope = np.diff(np.log(line.get_ydata())) / np.diff(line.get_xdata())
     assert slope == pytest.approx(12.0 / GAS_CONSTANT / 1000.0, rel=1e-4)
+
+
+def test_other_salts_and_solvents_are_other_lines(tmp_path: Path) -> None:
+    """From 0.5 to 10 mol/kg, in this order; LiPF6 and NaPF6 in DMC, LiPF6 in two mixtures."""
+    for salt, solvent in (("LiPF6", "DMC"), ("NaPF6", "DMC"), ("LiPF6", "EC:DMC 1:1 wt"), ("LiPF6", "EC:DMC 3:7 wt")):
+        for molality in ("10", "0.5", "2"):
+            text = f"{molality} m {salt} in {solvent}"
+            settings = {"electrolyte": text, "build": {"atoms": 600, "seed": 1}}
+            finished(tmp_path / text.replace(" ", "-"), {"conductivity": value(5.0, 0.1)}, **settings)
+    collection = collect(tmp_path)
+    figure = concentration_figure(collection, "conductivity")
+    assert figure is not None
+    assert {str(container.get_label()) for container in figure.axes[0].containers} == {
+        "DMC Li PF6, 1 DMC wt 300 K",
+        "DMC EC Li PF6, 0.5 EC, 0.5 DMC wt 300 K",
+        "DMC EC Li PF6, 0.3 EC, 0.7 DMC wt 300 K",
+        "DMC Na PF6, 1 DMC wt 300 K",
+    }
+    assert [len(container.lines[0].get_xydata()) for container in figure.axes[0].containers] == [3, 3, 3, 3]
+    molality = [group.concentration["molality_mol_kg"] for group in collection.groups]
+    assert molality == sorted(molality)
+    single = next(groups for groups in collection.systems().values())
+    assert len(single) == 1 and not collection.arrhenius()
+
+
+def test_mixtures_without_salt_are_drawn_against_the_mole_fraction(tmp_path: Path) -> None:
+    for ratio in ("1:3", "1:1", "3:1"):
+        settings = {"electrolyte": f"EC:DMC {ratio} mol", "build": {"atoms": 440, "seed": 1}}
+        finished(tmp_path / ratio.replace(":", "-"), {"viscosity": value(1.0, 0.1)}, **settings)
+    figure = concentration_figure(collect(tmp_path), "viscosity")
+    assert figure is not None
+    assert figure.axes[0].get_xlabel() == "mole fraction of EC"
+    np.testing.assert_allclose(figure.axes[0].containers[0].lines[0].get_xydata()[:, 0], [0.25, 0.5, 0.75], atol=0.01)
 
 
 KINDS = ("concentration", "arrhenius")
