@@ -122,6 +122,34 @@ def analyze(
 
 @app.command()
 @reported
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one condition in it.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file to write; default: report.html in the folder.")] = None,
+) -> None:
+    """Write one HTML page about a run, finished or not: properties with error bars, figures, provenance."""
+    from md.html_report import write_report
+
+    print(f"wrote {write_report(folder, output=output)}")
+
+
+@app.command()
+@reported
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder in and below which runs are looked for.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs: what they are of, how far they have come, and whether they are at work."""
+    from md.status import find_runs, run_status, status_table
+
+    found = [run_status(path) for path in find_runs(folder)]
+    if as_json:
+        _print_json([run.to_dict() for run in found])
+    else:
+        print(status_table(found))
+
+
+@app.command()
+@reported
 def train(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a training.")]) -> None:
     """Fit a force field to quantum data; run again to resume."""
     from bamboo.learn.fit import TrainConfig

@@ -1,7 +1,7 @@
 """From a configuration to results: build the box, run the stages, analyse; the same call again continues."""
 
-import os
-import signal
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 import bamboo
-from bamboo.errors import InputError
+from bamboo.errors import GuardError, InputError
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, PICOSECOND
 from md import protocol
@@ -23,7 +23,7 @@ from md.conditions import Condition, conditions_of, per_replica, portions, start
 from md.config import NVT, Minimise, RunConfig, Stage
 from md.engine import restart
 from md.engine.minimiser import minimise
-from md.engine.reporters import Reporter, ThermoTable, duration_text
+from md.engine.reporters import Reporter, ThermoTable, WallTimeLimit, duration_text
 from md.engine.simulation import Simulation
 from md.engine.state import Evaluator, MDState, PerReplica
 from md.model import Model, check_memory, device_of, load_model, memory_needed, seconds_per_step
@@ -33,25 +33,6 @@ from md.run_folder import RunFolder
 from md.run_log import RunLog
 
 DEVIATION_WORTH_A_WARNING = 0.05  # relative, of a realised amount from the asked one
-
-
-class WallTimeLimit:
-    """Asks for a checkpoint and an orderly end when the wall time is used up, by the signal batch systems send."""
-
-    stride = 10
-
-    def __init__(self, seconds: float, *, started: float) -> None:
-        self._end = started + seconds
-
-    def report(self, state: MDState) -> None:
-        if time.monotonic() >= self._end:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    def flush(self) -> None:
-        """Keep nothing."""
-
-    def truncate(self, step: int) -> None:
-        """Keep nothing."""
 
 
 def run(
@@ -94,7 +75,8 @@ def run(
             )
         properties, table = _write_combined(run_folder, over_models(results))
         log = RunLog(console, file)
-        for line in (f"mean of the models {', '.join(members)}", *table, f"wrote {run_folder.properties}"):
+        wrote = f"wrote {run_folder.properties} and {_write_report(run_folder)}"
+        for line in (f"mean of the models {', '.join(members)}", *table, wrote):
             log.line(line)
     return properties
 
@@ -123,7 +105,8 @@ def _run_model(
             if condition.name:
                 condition.folder.write_config(condition.config)
         _banner(log, conditions, model, folder=run_folder)
-        run_folder.update_manifest(model=model.record, seed=config.build.seed, **_contents(conditions))
+        made_by = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "stopped": None}
+        run_folder.update_manifest(model=model.record, seed=config.build.seed, **made_by, **_contents(conditions))
         systems = start_systems(conditions, log=log)
         temperature_K = per_replica(
             conditions, [condition.config.temperature_K for condition in conditions], device=device_of(model.evaluator)
@@ -141,14 +124,20 @@ def _run_model(
             extra=(WallTimeLimit(limit, started=started),) if limit else (),
         )
         state = saved.state if saved else runner.start_state()
-        for index, stage in enumerate(config.stages):
-            if begun is None or index >= begun:
-                runner.run_stage(index, stage, state, resume=index == begun)
+        try:
+            for index, stage in enumerate(config.stages):
+                if begun is None or index >= begun:
+                    runner.run_stage(index, stage, state, resume=index == begun)
+        except GuardError as error:
+            run_folder.update_manifest(stopped=str(error))
+            raise
         properties, table = write_results(run_folder, config)
         for line in table:
             log.line(line)
         figures = run_folder.figures if len(conditions) == 1 else "figures in the folder of each condition"
         log.line(f"wrote {run_folder.properties} and {figures}")
+        if not committee:  # else there is one of all models
+            log.line(f"wrote {_write_report(run_folder)}")
     return properties
 
 
@@ -174,6 +163,13 @@ def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estim
     write_figures(folder, config, properties)
     (folder.path / "CITATIONS.bib").write_text(bibliography(config), encoding="utf-8")
     return properties, property_table(properties)
+
+
+def _write_report(folder: RunFolder) -> Path:
+    """Write report.html and return it."""
+    from md.html_report import write_report  # imported here: it loads matplotlib
+
+    return write_report(folder.path)
 
 
 def _write_combined(folder: RunFolder, properties: dict[str, Estimate]) -> tuple[dict[str, Estimate], list[str]]:

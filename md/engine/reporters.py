@@ -1,6 +1,7 @@
 """What a running simulation tells: the protocol of reporters, the thermo.csv table, the progress display."""
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,25 @@ class ThermoTable:
     @property
     def _header(self) -> str:
         return ",".join(self.COLUMNS) + "\n"
+
+
+class WallTimeLimit:
+    """Asks for a checkpoint and an orderly end when the wall time is used up, by the signal batch systems send."""
+
+    stride = 10
+
+    def __init__(self, seconds: float, *, started: float) -> None:
+        self._end = started + seconds
+
+    def report(self, state: MDState) -> None:
+        if time.monotonic() >= self._end:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def flush(self) -> None:
+        """Keep nothing."""
+
+    def truncate(self, step: int) -> None:
+        """Keep nothing."""
 
 
 @dataclass(frozen=True)
