@@ -12,6 +12,7 @@ import md.liquid
 from bamboo import checkpoint
 from bamboo.errors import GuardError, InputError
 from bamboo.evaluator import Evaluator
+from bamboo.learn.fit import held_out_errors
 from bamboo.quantum.dataset import read_frames
 from bamboo.system import Batch
 from md.distill import distill, load_distill_config
@@ -80,6 +81,8 @@ def test_student_learns_the_mean_and_a_second_call_repeats_nothing(
     before, after = report["held_out_before"]["bulk"], report["held_out_after"]["bulk"]
     assert after["forces"] < 0.7 * before["forces"]
     assert after["pressure"] < before["pressure"]
+    student_began_as = held_out_errors(checkpoint.load(tmp_path / "t0.safetensors"), bulk)["bulk"]
+    assert before["forces"] == pytest.approx(student_began_as.forces, rel=1e-6)
     assert {"bulk", "neutral"} <= set(report["held_out_after"]) and report["guard_trips"] == 0
     assert any("teacher t2: training with seed 9" in line for line in said)
     assert "spread of the teachers" in said[-1]
