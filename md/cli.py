@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bamboo.errors import GuardError
+from bamboo.errors import GuardError, InputError
 from md import cli_batch
 from md.cli_data import data_app
 from md.command import reported
@@ -15,7 +15,6 @@ from md.command import reported
 app = typer.Typer(
     name="bamboo-md",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 model_app = typer.Typer(help="Model files.", no_args_is_help=True)
@@ -51,6 +50,32 @@ def run(
     )
     if as_json:
         _print_json({name: estimate.to_dict() for name, estimate in properties.items()})
+
+
+@app.command()
+@reported
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to write.")] = Path("electrolyte.yaml"),
+    electrolyte: Annotated[str | None, typer.Option(help="'1 m LiPF6 in EC:DMC 30:70 wt'.")] = None,
+    temperature: Annotated[str | None, typer.Option(help="'298.15 K'.")] = None,
+    pressure: Annotated[str | None, typer.Option(help="'1 bar'.")] = None,
+    properties: Annotated[str | None, typer.Option(help="With commas: density,viscosity; default: all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the zoo or file.")] = None,
+    atoms: Annotated[int | None, typer.Option(help="Approximate size of the box.")] = None,
+) -> None:
+    """Write a commented configuration to start from; asks for what it needs where no option is given."""
+    from md.init import ask_all, check_free, write_template
+
+    check_free(path)
+    options = {"electrolyte": electrolyte, "temperature": temperature, "pressure": pressure, "properties": properties,
+               "model": model, "atoms": None if atoms is None else str(atoms)}  # fmt: skip
+    given = {key: text for key, text in options.items() if text is not None}
+    if not given and sys.stdin.isatty() and sys.stdout.isatty():
+        given = ask_all(lambda question, default: str(typer.prompt(question, default=default)), given, say=_say)
+    elif "electrolyte" not in given:
+        raise InputError("What is to be simulated? Give --electrolyte '1 m LiPF6 in EC:DMC 30:70 wt'.")
+    write_template(path, given)
+    print(f"wrote {path}; next: bamboo-md check {path}")
 
 
 @app.command()
@@ -263,13 +288,16 @@ def validate(
 
 @model_app.command("list")
 @reported
-def model_list() -> None:
+def model_list(as_json: Json = False) -> None:
     """List the models that come with the package."""
     from bamboo.checkpoint import describe, zoo
 
-    for name, path in zoo().items():
-        header = describe(path)
-        print(f"{name:<16s} {' '.join(header['elements'])}  {path.name}")
+    models = {name: (describe(path)["elements"], path) for name, path in zoo().items()}
+    if as_json:
+        _print_json({name: {"elements": elements, "file": str(path)} for name, (elements, path) in models.items()})
+        return
+    for name, (elements, path) in models.items():
+        print(f"{name:<16s} {' '.join(elements)}  {path.name}")
 
 
 @model_app.command("info")
