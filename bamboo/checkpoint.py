@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 import bamboo
 from bamboo.errors import InputError, ModelFileError, suggest
@@ -131,12 +132,22 @@ def load(
     return force_field.to_dtype(dtype).eval()
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are: on the meta device, drawing them costs 1.6 s for importing torch._dynamo."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return function(*args, **kwargs)
+
+
 def _check_tensors(path: Path, tensors: dict[str, torch.Tensor], config: ForceFieldConfig) -> None:
     """Raise ModelFileError unless the tensors are those the settings ask for, finite and physical."""
     if config.network.layers > len(tensors):  # absurd, and building them would take for ever
         raise ModelFileError(f"{path}: its tensors do not fit its settings of {config.network.layers} layers.")
     try:
-        with torch.device("meta"):  # shapes only
+        with torch.device("meta"), _NoInitialisation():  # shapes only
             expected = ForceField(config).state_dict()
     except RuntimeError as error:
         raise ModelFileError(f"{path}: no network can have the size in its settings.") from error

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -209,3 +211,10 @@ def test_copied_file_is_the_same_model(model, tmp_path):
     copy = tmp_path / "copy.safetensors"
     shutil.copy(model[0], copy)
     assert checkpoint.describe(copy) == checkpoint.describe(model[0])
+
+
+def test_loading_stays_light() -> None:
+    """Reading a model does not pull in torch's compiler, which would cost every start of the program 1.6 s."""
+    code = "import sys, bamboo.checkpoint as c; c.load('gfn2'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
