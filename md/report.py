@@ -189,6 +189,7 @@ def convergence_figure(points: dict[str, Points], properties: dict[str, Estimate
         if final is not None and final.value is not None:
             axes.axhline(final.value, color="k", lw=0.8)
         axes.set_title(f"{name} / {found[0][1].unit}" if found[0][1].unit else name, fontsize=8)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("time used / ps", fontsize=7)
     for axes in panels[len(points) :]:
@@ -227,7 +228,7 @@ def box_figure(topology: Topology, positions: Floats, cell: Floats) -> Figure:
             colour, neutral = SOLVENTS[neutral % len(SOLVENTS)], neutral + 1
         member = np.isin(topology.molecule, molecules)
         atoms, mine = np.flatnonzero(shown & member), bonds[member[bonds[:, 0]]]
-        layer, size = (3, 60.0 if charge > 0.0 else 28.0) if charge else (2, 5.0)
+        layer, size = (3, 90.0 if charge > 0.0 else 28.0) if charge else (2, 5.0)
         lines = LineCollection(list(positions[mine][:, :, :2]), colors=colour, linewidths=1.6, zorder=layer)
         axes.add_collection(lines)
         order = atoms[np.argsort(depth[atoms])]

@@ -29,6 +29,7 @@ from md.config import RunConfig, load_config
 from md.model import Model
 from md.results import StageData, long_enough, production_properties, property_table, stage_data
 from md.run_folder import RunFolder, differences
+from md.status import run_status
 from md.trajectory import THERMO, Ensemble, ThermoSeries
 from md.workflows import run
 
@@ -126,7 +127,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_the_run_folder_holds_everything(finished: tuple[Path, str]) -> None:
-    folder, _ = finished
+    folder, output = finished
+    assert "wrote" in output.splitlines()[-1] and output.splitlines()[-1].endswith("report.html")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     stages = [f"stages/{name}/{file}" for name in ("02-warm-up", "03-npt", "04-nvt") for file in STAGE_FILES]
     expected = {
@@ -139,7 +141,7 @@ def test_the_run_folder_holds_everything(finished: tuple[Path, str]) -> None:
         "thermo.csv",
         *stages,
     }
-    assert expected | {"properties.json", "CITATIONS.bib", *FIGURES} <= present
+    assert expected | {"properties.json", "CITATIONS.bib", "report.html", *FIGURES} <= present
     assert (folder / "input.yaml").read_text() == CONFIG
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counts"] == {"DMC": 6}
@@ -385,6 +387,8 @@ def test_a_guard_stops_a_run_and_leaves_the_frame(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"02-warm-up stopped at 0 ps.*density 0\.6 g/cm3 is below 0\.9"):
         run_quietly(load_config(write_config(tmp_path, text)), tmp_path / "run")
     assert (tmp_path / "run/stages/02-warm-up/blowup.extxyz").exists()
+    status = run_status(tmp_path / "run")
+    assert status.state == "stopped by a guard" and "density 0.6 g/cm3" in str(status.reason)
 
 
 def test_replicas_start_from_different_boxes_and_share_the_volume(tmp_path: Path) -> None:
