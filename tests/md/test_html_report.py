@@ -237,6 +237,23 @@ def test_several_conditions_stand_side_by_side(tmp_path: Path) -> None:
     assert "320K" in alone and "298.15K" not in alone and "f" * 64 in alone
 
 
+def test_a_committee_shows_each_model_and_the_spread(tmp_path: Path) -> None:
+    folder = tmp_path / "committee"
+    models = "model: {name: a.safetensors, committee: [b.safetensors]}\n"
+    config = make_run(folder, CONFIG.replace("[density, viscosity, diffusion]", "[density]") + models)
+    for seed, (name, one) in enumerate(config.each_member().items()):
+        fill(folder / name, seed=seed, n_npt=801, nvt=False)
+        RunFolder(folder / name).write_config(one)
+        RunFolder(folder / name).update_manifest(model={"name": f"model {name}", "sha256": name * 64})
+    write_results(RunFolder(folder), config)
+    text = Page(write_report(folder)).text
+    assert "property a b mean of models density" in text
+    found = json.loads((folder / "properties.json").read_text())["density"]
+    number = format_with_error(found["value"], 1.959964 * found["stderr"])
+    assert f"{number} g/cm3; spread over models {found['spread_over_models']:.2g}" in text
+    assert "a" * 64 in text and "b" * 64 in text and "Model model b." in text
+
+
 def configured(tmp_path: Path, text: str) -> RunConfig:
     (tmp_path / "x.yaml").write_text(text)
     return load_config(tmp_path / "x.yaml")
