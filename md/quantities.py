@@ -40,6 +40,8 @@ def parse_quantity(text: object, *, dimension: str) -> float:
     """Return a quantity in internal units; raises InputError where number, unit or dimension are not right."""
     known = UNITS[dimension]
     unit = next(iter(known))
+    if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
+        text = float(text)
     if isinstance(text, int | float) and not isinstance(text, bool):
         raise InputError(f"{text:.6g} has no unit. Write, for example, '{text:.6g} {unit}'.")
     match = re.fullmatch(rf"({_NUMBER})\s*(\S+)", text.strip()) if isinstance(text, str) else None

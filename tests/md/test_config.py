@@ -158,6 +158,10 @@ def test_quantities_round_trip_in_every_unit() -> None:
             "electrolyte.yaml:2: temperature: 298 has no unit. Write, for example, '298 K'",
         ),
         (
+            'electrolyte: DMC\ntemperature: "298"',
+            "electrolyte.yaml:2: temperature: 298 has no unit. Write, for example, '298 K'",
+        ),
+        (
             "electrolyte: DMC\ntemperature: 298 C",
             "electrolyte.yaml:2: temperature: unknown unit 'C'. Known units of temp",
         ),
