@@ -28,7 +28,7 @@ from bamboo.forcefield import ForceField, ForceFieldConfig
 
 FORMAT, FORMAT_VERSION = "bamboo-force-field", 1
 UNITS = {"energy": "eV", "length": "Å", "charge": "e"}
-ALIASES = {"default": "gfn2"}
+ALIASES = {"default": "b3lyp"}
 
 
 def zoo() -> dict[str, Path]:
