@@ -34,9 +34,8 @@ class DispersionConfig:
     """Shape of the dispersion energy; lengths in Å.
 
     s6, a1, a2       as in the formula above
-    damping_length   a4: fitted so that B3LYP/def2-SVPD with this dispersion gives the wB97M-V curves of two EMC and of EMC
-                     with Li+ (Zheng et al. 2025): 0.65 kcal/mol RMS over 13 points (`bamboo-md data damping`); the
-                     original formula has 6.25 bohr
+    damping_length   a4, fitted: with it B3LYP/def2-SVPD gives the wB97M-V curves of two EMC and of EMC with Li+
+                     (Zheng et al. 2025) within 0.65 kcal/mol RMS, see `bamboo-md data damping`; originally 6.25 bohr
     steepness        k [1/Å]; the original formula has r in bohr, hence 1/bohr
     cutoff           no pairs beyond
     smooth           True: switched off over the last fifth of the cutoff, with tail correction; False: shifted by
