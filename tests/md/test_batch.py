@@ -104,8 +104,8 @@ def test_without_the_right_to_requeue_the_user_is_told(place: Path) -> None:
 
 
 ANSWERS = """
-trap 'echo USR1 >> heard; sleep 0.2; exit 75' USR1
-trap 'echo TERM >> heard; exit 75' TERM
+trap 'trap "" USR1; echo USR1 >> heard; sleep 0.2; exit 75' USR1
+trap 'trap "" TERM; echo TERM >> heard; exit 75' TERM
 touch ready; while true; do sleep 0.05; done
 """
 
