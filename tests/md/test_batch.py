@@ -5,6 +5,7 @@ import runpy
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,11 +104,23 @@ def test_without_the_right_to_requeue_the_user_is_told(place: Path) -> None:
     assert "continue with:  sbatch 'a b.slurm'" in output
 
 
-ANSWERS = """
-trap 'trap "" USR1; echo USR1 >> heard; sleep 0.2; exit 75' USR1
-trap 'trap "" TERM; echo TERM >> heard; exit 75' TERM
-touch ready; while true; do sleep 0.05; done
-"""
+# bash is no stand-in here: a second signal in the middle of its answer to the first spoils its exit code
+ANSWERS = f"""exec {shlex.quote(sys.executable)} -c '
+import os, signal, time
+
+def answer(number, _):
+    signal.signal(number, signal.SIG_IGN)
+    with open("heard", "a") as file:
+        file.write(signal.Signals(number).name[3:])
+    time.sleep(0.2)
+    os._exit(75)
+
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, answer)
+open("ready", "w").close()
+while True:
+    time.sleep(1.0)
+'"""
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
