@@ -24,6 +24,9 @@ Account = Annotated[str | None, typer.Option(help="Account to charge.")]
 Extra = Annotated[list[str] | None, typer.Option(help="Further line for the batch system, '--constraint=a100'.")]
 
 
+JOB_OPTIONS = ("time", "cpus", "gpus", "memory", "partition", "account", "extra")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to ``bamboo-md``."""
     for command in (submit, sweep, collect):
@@ -71,6 +74,7 @@ def submit(
 
 @reported
 def sweep(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a sweep.")],
     folder: Annotated[Path | None, typer.Option(help="Where results go; default: runs/<name of the file>.")] = None,
     processes: Annotated[
@@ -115,6 +119,9 @@ def sweep(
         _write(script, text)
         print(f"wrote {script}, {len(members)} members; submit it with:  {submit_command(script, system='slurm')}")
         return
+    ignored = [f"--{name}" for name in JOB_OPTIONS if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if ignored:
+        raise InputError(f"{', '.join(ignored)} describe a job of a batch system: add --slurm, or leave them out.")
     if member is not None:
         if member >= len(members):
             raise InputError(f"--member {member}: there are {len(members)}, counted from 0.")
