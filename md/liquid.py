@@ -16,8 +16,9 @@ import ase.io
 import numpy as np
 import torch
 
+from bamboo.elements import ATOMIC_MASSES
 from bamboo.errors import InputError
-from bamboo.structure.packing import pack_box
+from bamboo.structure.packing import bond_graph, pack_box
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
 from md.boxes import read_atoms
@@ -38,6 +39,7 @@ from md.topology import Ensemble
 from md.trajectory import Trajectory
 
 THERMO_FS = 10.0  # time between records of pressure and density
+HYDROGEN_MASS = 3.0  # amu; heavy hydrogens allow a step of twice the length, and static averages know no masses
 WARM_UP_STEPS = 400  # of 0.5 fs, at the density the stages begin from
 DAMPING_FS = 200.0  # of the thermostat: only static averages are taken
 
@@ -144,6 +146,22 @@ def as_rigid(state: MDState) -> MDState:
     return replace(state, momenta=masses * (total(state.momenta) / mass)[molecule], virial=state.virial - inside)
 
 
+def heavy_hydrogens(system: System) -> torch.Tensor:
+    """Return masses, (n_atoms,) amu, with ``HYDROGEN_MASS`` for hydrogen, taken from the atom it is bonded to.
+
+    Molecules keep their masses, so that density and ideal-gas pressure stay what they are.
+    """
+    masses = ATOMIC_MASSES[system.numbers].copy()
+    bonds = bond_graph(system)
+    pairs = np.concatenate([bonds, bonds[:, ::-1]])
+    pairs = pairs[(system.numbers[pairs[:, 0]] == 1) & (system.numbers[pairs[:, 1]] > 1)]
+    hydrogens, first = np.unique(pairs[:, 0], return_index=True)
+    gained = HYDROGEN_MASS - masses[hydrogens]
+    masses[hydrogens] += gained
+    np.subtract.at(masses, pairs[first, 1], gained)
+    return torch.from_numpy(masses)
+
+
 def frames(folder: Path, stage: str) -> list[System]:
     """Return the frames of a stage, molecules whole; the first, where the stage began, is left out."""
     start = System.from_atoms(read_atoms(folder / "start.extxyz"))
@@ -218,6 +236,7 @@ def _prepared(box: Box, system: System, evaluator: Evaluator, folder: Path) -> M
     state = MDState.from_systems(
         [system], temperature_K=box.temperature_K, seed=box.seed, exact_temperature=True, device=device_of(evaluator)
     )
+    state.masses = heavy_hydrogens(system).to(state.masses.device)
     minimise(state, evaluator, max_steps=100, force_tolerance=0.3)
     state.draw_momenta(box.temperature_K)
     integrator = Langevin(timestep_fs=0.5, temperature_K=box.temperature_K, thermostat_time_fs=50.0)
@@ -232,7 +251,7 @@ def _prepared(box: Box, system: System, evaluator: Evaluator, folder: Path) -> M
 
 
 def _timestep_fs(box: Box) -> float:
-    return 1.0 if box.temperature_K < 350.0 else 0.5
+    return 2.0 if box.temperature_K < 350.0 else 1.0
 
 
 def _integrator(box: Box, stage: Stage) -> Thermostat:
