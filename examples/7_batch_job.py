@@ -4,7 +4,7 @@ python examples/7_batch_job.py
 
 It writes 7_batch_job.slurm and submits nothing. The same from the shell:
 
-bamboo-md sweep examples/7_batch_job.yaml --slurm --cpus 8
+bamboo-md submit examples/7_batch_job.yaml --slurm --cpus 8
 """
 
 import sys

@@ -3,28 +3,12 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bamboo.errors import InputError
 from md.command import reported
-
-if TYPE_CHECKING:
-    from md.batch import Job
-    from md.config import RunConfig
-
-Slurm = Annotated[bool, typer.Option("--slurm", help="Write a script for sbatch.")]
-Time = Annotated[str, typer.Option(help="Limit of one job; the run continues in the next: '24 h'.")]
-Cpus = Annotated[int, typer.Option(min=1, help="Processors of one job.")]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs of one job.")]
-Memory = Annotated[float | None, typer.Option(min=0.1, help="Memory of one job in GB; default: estimated.")]
-Partition = Annotated[str | None, typer.Option(help="Partition or queue.")]
-Account = Annotated[str | None, typer.Option(help="Account to charge.")]
-Extra = Annotated[list[str] | None, typer.Option(help="Further line for the batch system, '--constraint=a100'.")]
-
-
-JOB_OPTIONS = ("time", "cpus", "gpus", "memory", "partition", "account", "extra")
 
 
 def register(app: typer.Typer) -> None:
@@ -35,93 +19,74 @@ def register(app: typer.Typer) -> None:
 
 @reported
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run.")],
-    slurm: Slurm = False,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run or of a sweep.")],
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write a script for sbatch; an array job of a sweep.")] = False,
     pbs: Annotated[bool, typer.Option("--pbs", help="Write a script for qsub.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Where results go; default: runs/<name of the file>.")] = None,
-    time: Time = "24 h",
-    cpus: Cpus = 8,
-    gpus: Gpus = 0,
-    memory: Memory = None,
-    partition: Partition = None,
-    account: Account = None,
-    extra: Extra = None,
+    time: Annotated[str, typer.Option(help="Limit of one job; the run continues in the next: '24 h'.")] = "24 h",
+    cpus: Annotated[int, typer.Option(min=1, help="Processors of one job.")] = 8,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of one job.")] = 0,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="Memory of one job in GB; default: estimated.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition or queue.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account to charge.")] = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(help="Further line for the batch system, '--constraint=a100'.")
+    ] = None,
 ) -> None:
     """Write a batch script that runs a file, saves itself before the time limit and requeues until it is done."""
-    from md.batch import pbs_script, slurm_script, submit_command
+    from md.batch import Job, memory_estimate_GB, pbs_script, slurm_script, submit_command
     from md.config import load_config
+    from md.quantities import parse_quantity
+    from md.sweep import is_sweep, load_sweep, members_of
 
     if slurm == pbs:
         raise InputError("Say for which batch system: --slurm or --pbs.")
+    try:
+        time_s = parse_quantity(time, dimension="wall time")
+    except InputError as error:
+        raise InputError(f"--time: {error}") from None
     target = folder or Path("runs") / config.stem
-    job = _job(
-        [load_config(config)],
-        time=time,
-        cpus=cpus,
-        gpus=gpus,
-        memory=memory,
-        partition=partition,
-        account=account,
-        extra=extra,
-    )
+    command = ["run", str(config), "--folder", str(target)]
+    members = None
+    if is_sweep(config):
+        if pbs:
+            raise InputError(f"{config} is a sweep, whose array job is written for Slurm only: give --slurm.")
+        each = members_of(load_sweep(config), target)
+        configs, members = list({str(one.config.electrolyte): one.config for one in each}.values()), len(each)
+        command = ["sweep", str(config), "--folder", str(target), "--member"]
+    else:
+        configs = [load_config(config)]
+    memory = memory or max(memory_estimate_GB(one, gpus=gpus) for one in configs)
+    job = Job(time_s, cpus, gpus, memory, partition=partition, account=account, extra=tuple(extra or ()))
     system = "slurm" if slurm else "pbs"
     script = Path(f"{config.stem}.{system}")
-    write = slurm_script if slurm else pbs_script
-    command = ["run", str(config), "--folder", str(target)]
-    _write(script, write(command, job, script=script, folder=target, programs=_programs()))
-    print(f"wrote {script}; submit it with:  {submit_command(script, system=system)}")
+    where = {"script": script, "folder": target, "programs": Path(sys.executable).parent}
+    text = slurm_script(command, job, members=members, **where) if slurm else pbs_script(command, job, **where)
+    script.write_text(text, encoding="utf-8")
+    script.chmod(0o755)
+    tasks = f", {members} members" if members else ""
+    print(f"wrote {script}{tasks}; submit it with:  {submit_command(script, system=system)}")
 
 
 @reported
 def sweep(
-    context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a sweep.")],
     folder: Annotated[Path | None, typer.Option(help="Where results go; default: runs/<name of the file>.")] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default: one for each processor, one on a GPU.")
     ] = None,
     member: Annotated[int | None, typer.Option(min=0, help="Run this member alone, counted from 0.")] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Write the script of an array job instead.")] = False,
-    time: Time = "24 h",
-    cpus: Cpus = 8,
-    gpus: Gpus = 0,
-    memory: Memory = None,
-    partition: Partition = None,
-    account: Account = None,
-    extra: Extra = None,
 ) -> None:
     """Run every composition, temperature and seed of a file; the same command continues what is not finished.
 
-    Every combination is a run of its own, for many processors or an array job. A few small boxes are faster as lists in
-    the file of one run, which advances them together. The options of jobs (--time and so on) belong to --slurm.
+    Every combination is a run of its own, for many processors or an array job (``submit``). A few small boxes are
+    faster as lists in the file of one run, which advances them together.
     """
-    from md.batch import slurm_script, submit_command
     from md.run_folder import RunFolder
     from md.sweep import load_sweep, members_of, run_members, summary
 
     target = folder or Path("runs") / config.stem
     members = members_of(load_sweep(config), target)
-    if slurm:
-        one_of_each = {str(one.config.electrolyte): one.config for one in members}
-        job = _job(
-            list(one_of_each.values()),
-            time=time,
-            cpus=cpus,
-            gpus=gpus,
-            memory=memory,
-            partition=partition,
-            account=account,
-            extra=extra,
-        )
-        script = Path(f"{config.stem}.slurm")
-        command = ["sweep", str(config), "--folder", str(target), "--member"]
-        text = slurm_script(command, job, script=script, folder=target, programs=_programs(), members=len(members))
-        _write(script, text)
-        print(f"wrote {script}, {len(members)} members; submit it with:  {submit_command(script, system='slurm')}")
-        return
-    ignored = [f"--{name}" for name in JOB_OPTIONS if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
-    if ignored:
-        raise InputError(f"{', '.join(ignored)} describe a job of a batch system: add --slurm, or leave them out.")
     if member is not None:
         if member >= len(members):
             raise InputError(f"--member {member}: there are {len(members)}, counted from 0.")
@@ -164,40 +129,6 @@ def collect(
     else:
         print(table(collection))
         print(f"wrote {target / 'table.csv'} and {len(figures)} figures")
-
-
-def _job(
-    configs: "list[RunConfig]",
-    *,
-    time: str,
-    cpus: int,
-    gpus: int,
-    memory: float | None,
-    partition: str | None,
-    account: str | None,
-    extra: list[str] | None,
-) -> "Job":
-    """Return what a job asks for; the memory is that of the largest run."""
-    from md.batch import Job, memory_estimate_GB
-    from md.quantities import parse_quantity
-
-    try:
-        time_s = parse_quantity(time, dimension="wall time")
-    except InputError as error:
-        raise InputError(f"--time: {error}") from None
-    if memory is None:
-        memory = max(memory_estimate_GB(config, gpus=gpus) for config in configs)
-    return Job(time_s, cpus, gpus, memory, partition=partition, account=account, extra=tuple(extra or ()))
-
-
-def _programs() -> Path:
-    """Return the folder of the program bamboo-md of this installation."""
-    return Path(sys.executable).parent
-
-
-def _write(script: Path, text: str) -> None:
-    script.write_text(text, encoding="utf-8")
-    script.chmod(0o755)
 
 
 def _say(line: str) -> None:

@@ -35,6 +35,7 @@ from md.config import RunConfig, dump_config, load_config
 from md.quantities import MOST_SEVERAL, Temperature, validator
 from md.run_folder import RunFolder
 from md.yaml_model import Problem, load_yaml
+from md.yaml_source import read_yaml
 
 Say = Callable[[str], None]
 MOST_MEMBERS = 1000  # Slurm's usual limit of an array
@@ -86,6 +87,12 @@ class SweepConfig(BaseModel):
 def load_sweep(path: Path) -> SweepConfig:
     """Read and check a sweep; raises InputError that lists every problem as ``file:line: key: problem``."""
     return load_yaml(path, SweepConfig, checks=_checks)
+
+
+def is_sweep(path: Path) -> bool:
+    """Return whether a YAML file is a sweep: only those have a block ``run``."""
+    data = read_yaml(path).data
+    return isinstance(data, dict) and "run" in data
 
 
 def _words(text: str) -> str:

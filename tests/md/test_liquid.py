@@ -34,7 +34,7 @@ def test_molecular_pressure_is_that_of_centres_of_mass() -> None:
 
 def test_heavy_hydrogens_take_their_mass_from_the_atom_that_bears_them() -> None:
     known = molecule("DMC")
-    positions = np.concatenate([known.positions, known.positions + [6.0, 0.0, 0.0]])
+    positions = np.concatenate([known.positions, known.positions + np.array([6.0, 0.0, 0.0])])
     numbers = np.concatenate([known.numbers, known.numbers])
     index = np.repeat([0, 1], known.n_atoms)
     system = System(numbers, positions, 14.0 * np.eye(3), pbc=True, molecule=index)

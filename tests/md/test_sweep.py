@@ -166,9 +166,9 @@ def test_the_signal_before_the_limit_ends_a_task_in_a_checkpoint_and_the_next_co
     """The array script with the real program: USR1 to bash, to the sweep, to the run, and back to the queue."""
     write(tmp_path, settings.replace("time: 120 fs", "time: 3 ps"))
     monkeypatch.chdir(tmp_path)
-    ignored = CliRunner().invoke(cli.app, ["sweep", "sweep.yaml", "--cpus", "1", "--memory", "1"])
-    assert (ignored.exit_code, "--cpus, --memory describe a job" in ignored.stderr) == (2, True)
-    result = CliRunner().invoke(cli.app, ["sweep", "sweep.yaml", "--slurm", "--cpus", "1", "--memory", "1"])
+    other = CliRunner().invoke(cli.app, ["submit", "sweep.yaml", "--pbs", "--memory", "1"])
+    assert (other.exit_code, "for Slurm only" in other.stderr) == (2, True)
+    result = CliRunner().invoke(cli.app, ["submit", "sweep.yaml", "--slurm", "--cpus", "1", "--memory", "1"])
     assert result.exit_code == 0, result.stderr
     assert "4 members; submit it with:  sbatch sweep.slurm" in result.stdout
     (tmp_path / "bin").mkdir()
