@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo import checkpoint, units
-from bamboo.errors import ConvergenceError, InputError
+from bamboo.errors import ConvergenceError, InputError, suggest
 from bamboo.evaluator import Evaluator
 from bamboo.learn.align import Liquid, molecular_pressure, shift_pressures
 from bamboo.learn.evaluate import Errors
@@ -53,6 +53,7 @@ class AlignConfig(BaseModel):
     data       quantum data the model learnt from: ``clusters`` of its structures hold the model in place, and its
                held-out frames tell what the alignment did to the errors
     align, test  measured liquids; or ``table``, a file of them, where ``use`` says which is which
+    species    rows of the table made of these solvents and salts only are taken; default: every row
     atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest
     frames     taken from each run to train on
     rounds     most corrections before the alignment fails
@@ -69,6 +70,7 @@ class AlignConfig(BaseModel):
     output: Path
     data: Annotated[tuple[Path, ...], Field(min_length=1)]
     table: Path | None = None
+    species: tuple[str, ...] = ()
     align: tuple[Measurement, ...] = ()
     test: tuple[Measurement, ...] = ()
     atoms: Annotated[int, Field(ge=20, le=100_000)] = 400
@@ -95,7 +97,8 @@ class AlignConfig(BaseModel):
         return self.test or tuple(row for row in self._table() if row.use == "test" and row.density is not None)
 
     def _table(self) -> tuple[Measurement, ...]:
-        return load_measurements(self.table) if self.table is not None else ()
+        rows = load_measurements(self.table) if self.table is not None else ()
+        return tuple(row for row in rows if not self.species or row.species <= set(self.species))
 
 
 def load_align_config(path: Path) -> AlignConfig:
@@ -108,6 +111,13 @@ def _checks(config: AlignConfig) -> list[Problem]:
         return [(("align",) if config.align else (), "give either `align`, a list of liquids, or a `table` of them.")]
     if config.table and config.test:
         return [(("test",), "the `table` says which liquids test. Remove one of the two.")]
+    if config.species and not config.table:
+        return [(("species",), "chooses rows of a `table`, and there is none.")]
+    if config.table:
+        listed = set().union(*(row.species for row in load_measurements(config.table)))
+        if unknown := [(("species", k), f"no row of the table has {name}.{suggest(name, listed)}")
+                       for k, name in enumerate(config.species) if name not in listed]:  # fmt: skip
+            return list[Problem](unknown)
     found = problems(config.align, ("align",)) + problems(config.test, ("test",))
     found += [(("align", k), "its `use` is not align.") for k, row in enumerate(config.align) if row.use != "align"]
     found += [(("test", k), "has no density.") for k, row in enumerate(config.test) if row.density is None]
@@ -124,7 +134,9 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     """
     work = config.output.with_suffix("")
     source = checkpoint.resolve(config.model)
-    settings = config.model_dump(mode="json", exclude={"output", "rounds", "tolerance", "align", "test", "table"})
+    settings = config.model_dump(
+        mode="json", exclude={"output", "rounds", "tolerance", "align", "test", "table", "species"}
+    )
     settings["model_sha256"] = file_sha256(source)
     settings["rows"] = [row.model_dump(mode="json") for row in config.aligned_rows()]
     with locked(work):

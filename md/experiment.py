@@ -51,6 +51,12 @@ class Measurement(BaseModel):
         return f"{self.electrolyte}, {self.temperature:g} K"
 
     @property
+    def species(self) -> set[str]:
+        """Names of its solvents and salts."""
+        composition = parse_composition(self.electrolyte)
+        return {*composition.solvents, *composition.salts}
+
+    @property
     def density_g_cm3(self) -> float:
         """Measured density [g/cm3]; InputError where it was not measured."""
         if self.density is None:

@@ -19,6 +19,7 @@ from md import cli
 from md.align import align, load_align_config
 from md.engine.simulation import Simulation
 
+TABLE = Path(__file__).parents[2] / "data" / "experiment" / "densities.yaml"
 # kappa such that the pressures of a hot gas are small errors of density
 TEXT = """
 molecules: {{argon: "[Ar]"}}
@@ -107,7 +108,7 @@ def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeyp
         nonlocal steps
         original(self, last)
         steps += self.restart_folder is not None  # not in the warm-up, which is not kept
-        if steps == 950:  # of 600 per simulation
+        if steps == 475:  # of 300 per simulation
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Simulation, "_advance", step)
@@ -145,6 +146,23 @@ def test_bad_configurations_are_refused(toy: Any, old: str, new: str, message: s
     path = toy()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(InputError, match=rf"align.yaml:\d+: .*({message})"):
+        load_align_config(path)
+
+
+def test_species_choose_the_rows_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "align.yaml"
+    start = f"model: default\noutput: a.safetensors\ndata: [d.h5]\ntable: {TABLE}\n"
+    path.write_text(start + "species: [EC, EMC, DMC]\n")
+    config = load_align_config(path)
+    assert {row.electrolyte for row in config.aligned_rows()} == {"EC", "EMC", "DMC"}
+    tested = {row.electrolyte for row in config.test_rows()}
+    assert tested == {"DMC", "EC:EMC 0.299:0.701 mol", "EC:EMC 0.693:0.307 mol"}
+    path.write_text(start + "species: [EC, ECM, DMC]\n")
+    with pytest.raises(InputError, match=r"align.yaml:5: species.1: no row of the table has ECM. Did you mean"):
+        load_align_config(path)
+    path.write_text(start.replace(f"table: {TABLE}", "align:\n- {electrolyte: DMC, temperature: 298 K, density: "
+                                  "1.063 g/cm3, source: x}") + "species: [DMC]\n")  # fmt: skip
+    with pytest.raises(InputError, match=r"species: chooses rows of a `table`, and there is none"):
         load_align_config(path)
 
 
