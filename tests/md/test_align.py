@@ -161,7 +161,7 @@ def test_species_choose_the_rows_of_a_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"align.yaml:5: species.1: no row of the table has ECM. Did you mean"):
         load_align_config(path)
     path.write_text(start.replace(f"table: {TABLE}", "align:\n- {electrolyte: DMC, temperature: 298 K, density: "
-                                  "1.063 g/cm3, source: x}") + "species: [DMC]\n")  # fmt: skip
+                                  "1.063 g/cm3, source: here}") + "species: [DMC]\n")  # fmt: skip
     with pytest.raises(InputError, match=r"species: chooses rows of a `table`, and there is none"):
         load_align_config(path)
 
