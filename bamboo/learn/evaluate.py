@@ -13,6 +13,7 @@ from torch_geometric.loader import DataLoader
 from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator
 from bamboo.forcefield import ForceField
+from bamboo.learn.losses import molecular_forces
 from bamboo.learn.samples import EdgeBudgetSampler, unpack
 from bamboo.quantum.dataset import Frame
 from bamboo.system import Batch
@@ -25,13 +26,15 @@ MODERATE_TEMPERATURE = 600.0  # K
 class Errors:
     """Root mean square errors over a set of frames, internal units (eV, Å, e); nan where no label is present.
 
-    forces per component; energy per atom; charges; dipole per component; pressure: mean signed and RMS error [eV/Å^3]
-    of periodic frames; raw_charge: RMS of Q - sum q~ per cluster.
+    forces per component; molecular_forces per component of the force on a whole molecule, where there are several;
+    energy per atom; charges; dipole per component; pressure: mean signed and RMS error [eV/Å^3] of periodic frames;
+    raw_charge: RMS of Q - sum q~ per cluster.
     """
 
     n_frames: int
     n_atoms: int
     forces: float
+    molecular_forces: float
     energy_per_atom: float
     charges: float
     dipole: float
@@ -67,12 +70,14 @@ def evaluate(
                 where = f"held-out frames {members[0]} to {members[-1]}"
                 raise InputError(f"The model predicts {name} that are not finite in {where}: its weights are broken.")
         sizes = batch.atoms_per_system
+        on_molecules = molecular_forces(output, data.molecule_index) - data.molecular_forces
         volume = np.abs(np.linalg.det(data.cell.numpy()))
         for position, index in enumerate(members):
             atoms = (batch.system_index == position).numpy()
             virial = np.trace((output.virial - data.virial)[position].numpy())
             error = {
                 "forces": (output.forces - data.forces).numpy()[atoms].ravel(),
+                "molecular_forces": on_molecules.numpy()[atoms].ravel(),
                 "energy_per_atom": (output.energy - data.energy).numpy()[position : position + 1]
                 / int(sizes[position]),
                 "charges": (output.charges - data.charges).numpy()[atoms],
@@ -101,6 +106,7 @@ def _summary(parts: dict[str, list[np.ndarray]]) -> Errors:
         n_frames=len(parts["energy_per_atom"]),
         n_atoms=sum(len(values) for values in parts["charges"]),
         forces=rms("forces"),
+        molecular_forces=rms("molecular_forces"),
         energy_per_atom=rms("energy_per_atom"),
         charges=rms("charges"),
         dipole=rms("dipole"),

@@ -51,6 +51,7 @@ class WeightsBlock(_Block):
     """Weights of the loss; see ``LossWeights``."""
 
     forces: Annotated[float, Field(ge=0)] = LossWeights.forces
+    molecular_forces: Annotated[float, Field(ge=0)] = LossWeights.molecular_forces
     energy: Annotated[float, Field(ge=0)] = LossWeights.energy
     charges: Annotated[float, Field(ge=0)] = LossWeights.charges
     dipole: Annotated[float, Field(ge=0)] = LossWeights.dipole
@@ -299,7 +300,7 @@ class _Best:
 def error_table(errors: dict[str, Errors]) -> str:
     """Return held-out errors as a table in kcal/mol, Å, e, Debye, bar."""
     lines = [
-        f"{'group':<12}{'frames':>8}{'forces':>10}{'energy/atom':>13}{'charges':>9}{'dipole':>8}"
+        f"{'group':<12}{'frames':>8}{'forces':>10}{'on whole':>10}{'energy/atom':>13}{'charges':>9}{'dipole':>8}"
         f"{'P mean':>9}{'P rms':>8}"
     ]
     kcal = units.KCAL_PER_MOL
@@ -309,11 +310,14 @@ def error_table(errors: dict[str, Errors]) -> str:
             lines.append(f"{'pooled':<12}{'':>8}{_pooled(errors) / kcal:>10.3f}   (all groups but hot)")
             continue
         lines.append(
-            f"{group:<12}{part.n_frames:>8}{part.forces / kcal:>10.3f}{part.energy_per_atom / kcal:>13.4f}"
+            f"{group:<12}{part.n_frames:>8}{part.forces / kcal:>10.3f}{part.molecular_forces / kcal:>10.3f}"
+            f"{part.energy_per_atom / kcal:>13.4f}"
             f"{part.charges:>9.4f}{part.dipole / units.DEBYE:>8.3f}{part.pressure_mean / units.BAR:>9.0f}"
             f"{part.pressure / units.BAR:>8.0f}"
         )
-    return "\n".join([*lines, "(kcal/mol/Å, kcal/mol, e, D, bar; held-out trajectories)"])
+    return "\n".join(
+        [*lines, "(kcal/mol/Å on atoms and on whole molecules, kcal/mol, e, D, bar; held-out trajectories)"]
+    )
 
 
 def _card(config: TrainConfig, frames: Sequence[Frame], errors: dict[str, Errors], date: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ class LossWeights:
     """Weight of each part; 0 leaves a label out.
 
     forces      per component, (eV/Å)^-2
+    molecular_forces   per component of the force on a whole molecule, (eV/Å)^-2, where there are several: what moves
+                liquids, and small beside the forces inside molecules
     energy      per sqrt(n_atoms): H(dE / sqrt(n)), eV^-2
     charges     e^-2
     dipole      (e Å)^-2, clusters
@@ -27,6 +29,7 @@ class LossWeights:
     """
 
     forces: float = 1.0
+    molecular_forces: float = 0.2
     energy: float = 0.2
     charges: float = 0.5
     dipole: float = 0.3
@@ -36,7 +39,10 @@ class LossWeights:
 
 
 # internal units
-HUBER_WIDTH = {"forces": 1.0, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2, "molecular_virial": 0.2}
+HUBER_WIDTH = {
+    "forces": 1.0, "molecular_forces": 1.0, "energy": 0.05, "charges": 0.1, "dipole": 0.2, "virial": 0.2,
+    "molecular_virial": 0.2,
+}  # fmt: skip
 
 
 def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -49,6 +55,7 @@ def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> d
     # the dipole of a charged cluster is compared about the same origin as its label: the difference has no origin
     differences = {
         "forces": output.forces - data.forces,
+        "molecular_forces": molecular_forces(output, data.molecule_index) - data.molecular_forces,
         "energy": (output.energy - data.energy) / root,
         "charges": output.charges - data.charges,
         "dipole": output.dipole - data.dipole,
@@ -58,6 +65,11 @@ def deviations(output: ForceFieldOutput, data: Data, n_atoms: torch.Tensor) -> d
         target = molecular_virial(output, data.arms, data.batch)
         differences["molecular_virial"] = (target - data.molecular_virial) / root[:, None, None]
     return {name: value[~data[name].isnan()] for name, value in differences.items()}
+
+
+def molecular_forces(output: ForceFieldOutput, molecule_index: torch.Tensor) -> torch.Tensor:
+    """Return the force on each molecule, (n_atoms, 3) eV/Å by its number; rows that are no molecule's are zero."""
+    return torch.zeros_like(output.forces).index_add(0, molecule_index.long(), output.forces)
 
 
 def molecular_virial(output: ForceFieldOutput, arms: torch.Tensor, system_index: torch.Tensor) -> torch.Tensor:

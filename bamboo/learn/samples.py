@@ -20,6 +20,8 @@ from bamboo.forcefield import ForceField
 from bamboo.neighbors import Neighbors, Pairs, all_cluster_pairs, find_neighbors
 from bamboo.quantum.dataset import Frame
 from bamboo.quantum.labels import Labels
+from bamboo.structure.packing import bond_graph
+from bamboo.structure.recognition import bonded_groups
 from bamboo.system import Batch, System
 
 FAR_DISTANCE = 500.0  # Å between the two clusters of a far pair
@@ -78,7 +80,11 @@ def fit_references(force_field: ForceField, frames: Sequence[Frame]) -> None:
 
 
 def make_sample(force_field: ForceField, frame: Frame) -> Data:
-    """Return one frame as a graph with residual labels; absent labels are nan."""
+    """Return one frame as a graph with residual labels; absent labels are nan.
+
+    ``molecule_index`` is the molecule of each atom, what bonds hold together; row k of ``molecular_forces`` is the
+    force on the whole of molecule k, nan where there is only one.
+    """
     batch = Batch.from_systems([frame.system])
     config = force_field.config
     neighbors = find_neighbors(batch, config.network.cutoff, config.dispersion.cutoff)
@@ -91,6 +97,11 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
     fixed = torch.stack(list(terms.values())).sum()
     gradient, strain_gradient = torch.autograd.grad(fixed, (positions, strain))
     labels, n_atoms = frame.labels, frame.system.n_atoms
+    forces = _label(labels.forces, (n_atoms, 3)) + gradient
+    group = torch.from_numpy(bonded_groups(bond_graph(frame.system), n_atoms))
+    net = torch.full((n_atoms, 3), float("nan"), dtype=torch.float64)
+    if (n_groups := int(group.max()) + 1) > 1:
+        net[:n_groups] = torch.zeros(n_groups, 3, dtype=torch.float64).index_add(0, group, forces)
     return Data(
         numbers=batch.numbers.to(torch.uint8),
         positions=batch.positions,
@@ -100,7 +111,9 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
         edge_index=neighbors.edges.index.to(torch.int32),
         edge_shift=neighbors.edges.shift.to(torch.int8),
         energy=torch.tensor([labels.energy - float(fixed.detach())], dtype=torch.float64),
-        forces=_label(labels.forces, (n_atoms, 3)) + gradient,
+        forces=forces,
+        molecule_index=group.to(torch.int32),
+        molecular_forces=net,
         charges=_label(labels.charges, (n_atoms,)),
         dipole=_label(labels.dipole, (3,))[None],
         virial=_label(labels.virial, (3, 3))[None] + strain_gradient,

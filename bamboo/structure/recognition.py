@@ -18,6 +18,13 @@ from bamboo.system import System
 Indices = NDArray[np.int64]
 
 
+def bonded_groups(bonds: Indices, n_atoms: int) -> Indices:
+    """Return the number of the group that bonds (n_bonds, 2) hold together, of each atom, (n_atoms,), from 0."""
+    graph = coo_matrix((np.ones(len(bonds)), (bonds[:, 0], bonds[:, 1])), shape=(n_atoms, n_atoms))
+    groups: Indices = connected_components(graph, directed=False)[1].astype(np.int64)
+    return groups
+
+
 def recognise(system: System) -> tuple[tuple[str, ...], Indices]:
     """Return the name of every molecule and the order of atoms in which molecules stand together.
 
@@ -27,9 +34,7 @@ def recognise(system: System) -> tuple[tuple[str, ...], Indices]:
     bonds = bond_graph(system)
     if (bonds[:, 0] == bonds[:, 1]).any():
         raise InputError("The box is so small that an atom touches its own image.")
-    n = system.n_atoms
-    graph = coo_matrix((np.ones(len(bonds)), (bonds[:, 0], bonds[:, 1])), shape=(n, n))
-    _, component = connected_components(graph, directed=False)
+    component = bonded_groups(bonds, system.n_atoms)
     sorted_atoms = np.argsort(component, kind="stable")
     groups = np.split(sorted_atoms, np.flatnonzero(np.diff(component[sorted_atoms])) + 1)
     found: dict[str, list[Indices]] = {}

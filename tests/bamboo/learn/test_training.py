@@ -28,7 +28,7 @@ from bamboo.learn.fit import (
 )
 from bamboo.learn.lift import LIFTED
 from bamboo.learn.loop import Loop, LoopConfig, Progress
-from bamboo.learn.losses import LossWeights, loss_parts, total_loss
+from bamboo.learn.losses import LossWeights, deviations, loss_parts, total_loss
 from bamboo.learn.samples import (
     EdgeBudgetSampler,
     far_pairs,
@@ -315,6 +315,30 @@ def test_periodic_frames_train_with_virial() -> None:
     assert {"forces", "energy", "virial", "charges"} <= set(parts) and "dipole" not in parts
     for name in ("forces", "energy", "virial", "charges"):
         assert float(parts[name]) < 1e-18, name
+
+
+def test_forces_on_whole_molecules_are_compared_molecule_by_molecule() -> None:
+    """Water, water with Li+ twice: a push on one hydrogen is a push on its molecule; single molecules say nothing."""
+    force_field = small_force_field()
+    frames = [FRAMES[0], FRAMES[1], FRAMES[3]]
+    samples = make_samples(force_field, frames)
+    data = Stack.from_data_list(samples)
+    batch, neighbors = unpack(data)
+    output = force_field(batch, neighbors, fixed_terms=False)
+    forces = data.forces.clone()
+    forces[3 + 4 + 1] += torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)  # of the last water
+    found = deviations(replace(output, forces=forces), data, batch.atoms_per_system)["molecular_forces"]
+    expected = [0.0] * 6 + [0.1, -0.2, 0.3] + [0.0] * 3  # two frames of water and Li+
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    samples = [sample.clone() for sample in samples]
+    for sample, part in zip(samples, forces.split([3, 4, 4]), strict=True):  # labels such that errors are known
+        own = force_field(*unpack(Stack.from_data_list([sample])), fixed_terms=False).forces
+        sample.molecular_forces += torch.zeros_like(part).index_add(
+            0, sample.molecule_index.long(), own - sample.forces
+        )
+        sample.molecular_forces += 0.3
+    errors = evaluate(force_field, samples, ["neutral", "lithium", "lithium"])
+    assert errors["lithium"].molecular_forces == pytest.approx(0.3) and np.isnan(errors["neutral"].molecular_forces)
 
 
 def test_predictions_that_are_not_finite_are_no_absent_labels() -> None:
