@@ -36,6 +36,8 @@ from md.trajectory import ThermoSeries
 from md.yaml_model import Problem, load_yaml
 
 Say = Callable[[str], None]
+SHARES = (0.25, 0.5, 1.0)  # of ``time``, after which the pressure is looked at
+SURE = 0.1  # standard error over excess, below which a longer run would not change the correction by much
 BROKEN = 0.5  # a density error this large, relative, is an error of input or a broken model
 
 
@@ -54,8 +56,9 @@ class AlignConfig(BaseModel):
                held-out frames tell what the alignment did to the errors
     align, test  measured liquids; or ``table``, a file of them, where ``use`` says which is which
     species    rows of the table made of these solvents and salts only are taken; default: every row
-    atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest
-    frames     taken from each run to train on
+    atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest, at most: a
+               pressure that is wrong by ten of its standard errors is known well enough after a quarter or half of it
+    frames     taken from each quarter of a run to train on
     rounds     most corrections before the alignment fails
     tolerance  of every density
     check      how a density error is known: "compressibility" estimates rho kappa (P_sim - P_exp), one stated kappa for
@@ -76,7 +79,7 @@ class AlignConfig(BaseModel):
     atoms: Annotated[int, Field(ge=20, le=100_000)] = 400
     equilibrate: Duration = 10.0 * units.PICOSECOND
     time: Duration = 40.0 * units.PICOSECOND
-    frames: Annotated[int, Field(ge=1, le=10_000)] = 30
+    frames: Annotated[int, Field(ge=1, le=10_000)] = 20
     rounds: Annotated[int, Field(ge=1, le=100)] = 6
     tolerance: Density = 0.01 * units.GRAM_PER_CM3
     check: Literal["compressibility", "npt"] = "compressibility"
@@ -177,13 +180,21 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
         evaluator = Evaluator(checkpoint.load(model))
         box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
         target_bar = row.pressure / units.BAR
-        stages = [nvt("equilibrate", config.equilibrate), nvt("sample", config.time, frames=config.frames)]
+        stages = [nvt("equilibrate", config.equilibrate)]
+        frame_ps = SHARES[0] * config.time / units.PICOSECOND / config.frames
+        for share in SHARES:  # the same stage, made longer
+            sample = Stage("sample", share * config.time / units.PICOSECOND, frame_ps=frame_ps)
+            simulate(box, [*stages, sample], evaluator, folder)
+            series = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5")
+            known = series.time_ps < sample.time_ps * (1.0 + 1.0e-9)  # a run that was stopped may be longer already
+            tensor = series.pressure[known]
+            pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
+            excess_bar = pressure.value - target_bar
+            if pressure.stderr < SURE * abs(excess_bar):
+                break
         if config.check == "npt":
-            stages.append(Stage("npt", config.npt_time / units.PICOSECOND, pressure_bar=target_bar))
-        simulate(box, stages, evaluator, folder)
-        tensor = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5").pressure
-        pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
-        excess_bar = pressure.value - target_bar
+            stages += [sample, Stage("npt", config.npt_time / units.PICOSECOND, pressure_bar=target_bar)]
+            simulate(box, stages, evaluator, folder)
         kappa = config.compressibility * units.BAR
         result = {
             "name": row.name,
@@ -197,8 +208,8 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
             "drifts": drifts,
         }
         if config.check == "npt":
-            series = ThermoSeries.read(folder / "npt" / "thermo.h5").density_g_cm3[:, 0]
-            density, moves = equilibrated_mean(series)
+            npt = ThermoSeries.read(folder / "npt" / "thermo.h5")
+            density, moves = equilibrated_mean(npt.density_g_cm3[:, 0])
             result |= {
                 "density_error": density.value - row.density_g_cm3, "density_stderr": density.stderr,
                 "how": "npt", "drifts": drifts or moves,

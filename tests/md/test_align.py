@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
 from md import cli
 from md.align import align, load_align_config
 from md.engine.simulation import Simulation
+from md.trajectory import ThermoSeries
 
 TABLE = Path(__file__).parents[2] / "data" / "experiment" / "densities.yaml"
 # kappa such that the pressures of a hot gas are small errors of density
@@ -100,18 +102,20 @@ def test_rounds_that_do_not_converge_fail_with_the_table(toy: Any) -> None:
 
 
 def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped inside the second simulation by a signal, continued: the same numbers as never stopped."""
-    whole = align(load_align_config(toy(name="whole", pressure=3000, tolerance=0.2)), say=lambda _: None)
-    path, original, steps = toy(name="parts", pressure=3000, tolerance=0.2), Simulation._advance, 0
+    """Stopped at four fifths of its steps, in the second simulation, by a signal: the same numbers as never stopped."""
+    original, steps, stop_after = Simulation._advance, 0, -1
 
     def step(self: Simulation, last: int) -> None:
         nonlocal steps
         original(self, last)
         steps += self.restart_folder is not None  # not in the warm-up, which is not kept
-        if steps == 475:  # of 300 per simulation
+        if steps == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Simulation, "_advance", step)
+    whole = align(load_align_config(toy(name="whole", pressure=3000, tolerance=0.2)), say=lambda _: None)
+    assert whole["rounds"] == 1
+    path, steps, stop_after = toy(name="parts", pressure=3000, tolerance=0.2), 0, 4 * steps // 5
     with pytest.raises(CheckpointedStop):
         align(load_align_config(path), say=lambda _: None)
     monkeypatch.setattr(Simulation, "_advance", original)
@@ -124,6 +128,20 @@ def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeyp
     assert not simulated  # all was done before
     with pytest.raises(InputError, match=r"begun with other settings \(atoms\)"):
         align(load_align_config(path).model_copy(update={"atoms": 30}), say=lambda _: None)
+
+
+def test_a_pressure_that_is_plainly_wrong_is_not_measured_to_the_end(toy: Any, tmp_path: Path) -> None:
+    """30000 bar away a quarter of the run suffices; next to the wanted pressure it takes the whole."""
+    lengths = {}
+    for name, pressure in (("far", 3000), ("near", 500)):
+        config = load_align_config(toy(name=name, pressure=pressure, tolerance=0.5, rounds=1))
+        with suppress(ConvergenceError):
+            align(config.model_copy(update={"rounds": 0}), say=lambda _: None)
+        folder = tmp_path / name / "round-00/align-00"
+        measured = json.loads((folder / "measured.json").read_text())
+        sure = measured["pressure_stderr_bar"] < 0.1 * abs(measured["excess_bar"])
+        lengths[name] = ThermoSeries.read(folder / "sample/thermo.h5").time_ps[-1], sure
+    assert lengths == {"far": (pytest.approx(0.125, abs=0.01), True), "near": (pytest.approx(0.5, abs=0.01), False)}
 
 
 def test_a_pressure_beyond_sense_is_an_error_of_input(toy: Any) -> None:
