@@ -38,7 +38,8 @@ from md.yaml_model import Problem, load_yaml
 Say = Callable[[str], None]
 SHARES = (0.25, 0.5, 1.0)  # of ``time``, after which the pressure is looked at
 SURE = 0.1  # standard error over excess, below which a longer run would not change the correction by much
-BROKEN = 0.5  # a density error this large, relative, is an error of input or a broken model
+STIFFENING = 10.0  # dK/dP of organic liquids, 1/C - 1 of Tait's C = 0.087 (Dymond, Int. J. Thermophys. 9, 941, 1988)
+BROKEN = 0.3  # a density error this large, relative, is an error of input or a broken model
 
 
 class AlignWeights(WeightsBlock):
@@ -61,8 +62,8 @@ class AlignConfig(BaseModel):
     frames     taken from each quarter of a run to train on
     rounds     most corrections before the alignment fails
     tolerance  of every density
-    check      how a density error is known: "compressibility" estimates rho kappa (P_sim - P_exp), one stated kappa for
-               all; "npt" simulates it as well, ``npt_time`` long
+    check      how a density error is known: "compressibility" estimates it from P_sim - P_exp and one stated kappa
+               (``density_error``); "npt" simulates it as well, ``npt_time`` long
     trained    "energy_head" or "all" weights
     """
 
@@ -195,23 +196,26 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
         if config.check == "npt":
             stages += [sample, Stage("npt", config.npt_time / units.PICOSECOND, pressure_bar=target_bar)]
             simulate(box, stages, evaluator, folder)
-        kappa = config.compressibility * units.BAR
+        kappa, density = config.compressibility * units.BAR, row.density_g_cm3
+        low, middle, high = (
+            density_error(density, kappa * (excess_bar + k * pressure.stderr)) for k in (-1.0, 0.0, 1.0)
+        )
         result = {
             "name": row.name,
             "density_measured": row.density_g_cm3,
             "pressure_bar": pressure.value,
             "pressure_stderr_bar": pressure.stderr,
             "excess_bar": excess_bar,
-            "density_error": -row.density_g_cm3 * kappa * excess_bar,
-            "density_stderr": row.density_g_cm3 * kappa * pressure.stderr,
+            "density_error": middle,
+            "density_stderr": (low - high) / 2.0,
             "how": f"estimated with kappa = {config.compressibility * 1e9 * units.PASCAL:g} 1/GPa",
             "drifts": drifts,
         }
         if config.check == "npt":
             npt = ThermoSeries.read(folder / "npt" / "thermo.h5")
-            density, moves = equilibrated_mean(npt.density_g_cm3[:, 0])
+            simulated, moves = equilibrated_mean(npt.density_g_cm3[:, 0])
             result |= {
-                "density_error": density.value - row.density_g_cm3, "density_stderr": density.stderr,
+                "density_error": simulated.value - density, "density_stderr": simulated.stderr,
                 "how": "npt", "drifts": drifts or moves,
             }  # fmt: skip
         return result
@@ -224,6 +228,17 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
             "mends a few percent: either the measured density is wrong, or the model is broken for this liquid."
         )
     return result
+
+
+def density_error(density: float, strain: float) -> float:
+    """Return the density at which the excess pressure is gone, minus the given one; strain = kappa P_excess.
+
+    Along the isotherm 1/kappa grows with pressure by K' = ``STIFFENING``: ln(rho / rho_0) = ln(1 + K' kappa P) / K'
+    (Murnaghan); under tension, where that ends at -1/K', it is taken as linear.
+    """
+    if strain < 0.0:
+        return -density * strain
+    return density * math.expm1(-math.log1p(STIFFENING * strain) / STIFFENING)
 
 
 def equilibrated_mean(series: np.ndarray) -> tuple[SeriesMean, bool]:
