@@ -38,9 +38,8 @@ frames: 6
 rounds: {rounds}
 tolerance: {tolerance} g/cm3
 compressibility: 1 1/GPa
-trained: all
 loop: {{epochs: 60, edges_per_batch: 20000, learning_rate: 1.0e-2, weight_decay: 0.0, ema_decay: 0.9}}
-weights: {{molecular_virial: 10.0}}
+weights: {{molecular_virial: 10.0, forces: 1.0, energy: 0.2}}
 """
 
 
