@@ -10,6 +10,7 @@ All work lies in a folder named after the output: the same command again continu
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -153,10 +154,9 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
         model = source
         for number in range(config.rounds + 1):
             folder = work / f"round-{number:02d}"
-            rows = [
-                measure(model, row, folder / f"align-{k:02d}", config=config, seed=config.seed + 1000 * number + k)
-                for k, row in enumerate(config.aligned_rows())
-            ]
+            rows = measure_all(
+                model, config.aligned_rows(), folder / "align", config=config, seed=config.seed + 1000 * number, say=say
+            )
             history.append(rows)
             say(f"round {number}, {model.name}\n{measurement_table(rows)}")
             if all(abs(row["density_error"]) * units.GRAM_PER_CM3 <= config.tolerance for row in rows):
@@ -165,13 +165,33 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
                 raise ConvergenceError(_failure(config, history))
             model = _corrected(model, rows, folder, config=config, quantum=quantum, say=say)
         tests = {
-            moment: [
-                measure(file, row, work / f"test-{moment}" / f"{k:02d}", config=config, seed=config.seed + 500 + k)
-                for k, row in enumerate(config.test_rows())
-            ]
+            moment: measure_all(
+                file,
+                config.test_rows(),
+                work / f"test-{moment}" / "test",
+                config=config,
+                seed=config.seed + 500,
+                say=say,
+            )
             for moment, file in (("before", source), ("after", model))
         }
         return _finish(config, source, model, history=history, tests=tests, quantum=quantum, say=say)
+
+
+def measure_all(
+    model: Path, rows: Sequence[Measurement], place: Path, *, config: AlignConfig, seed: int, say: Say
+) -> list[dict[str, Any]]:
+    """Simulate liquids one after the other in ``place-00``, ``place-01`` and so on; say each result and the time left."""
+    begun, results = time.monotonic(), list[dict[str, Any]]()
+    for k, row in enumerate(rows):
+        results.append(measure(model, row, place.with_name(f"{place.name}-{k:02d}"), config=config, seed=seed + k))
+        left = (time.monotonic() - begun) / (k + 1) * (len(rows) - k - 1) / 60.0
+        say(
+            f"{place.parent.name}, {k + 1} of {len(rows)}: {row.name}, {results[-1]['pressure_bar']:.0f} ± "
+            f"{results[-1]['pressure_stderr_bar']:.0f} bar at the measured density"
+            + (f"; {left:.0f} min left of these" if left >= 0.5 else "")
+        )
+    return results
 
 
 def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
