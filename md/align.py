@@ -181,7 +181,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
 def measure_all(
     model: Path, rows: Sequence[Measurement], place: Path, *, config: AlignConfig, seed: int, say: Say
 ) -> list[dict[str, Any]]:
-    """Simulate liquids one after the other in ``place-00``, ``place-01`` and so on; say each result and the time left."""
+    """Simulate liquids one after the other in ``place-00``, ``place-01`` and so on; say results and the time left."""
     begun, results = time.monotonic(), list[dict[str, Any]]()
     for k, row in enumerate(rows):
         results.append(measure(model, row, place.with_name(f"{place.name}-{k:02d}"), config=config, seed=seed + k))
