@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -56,14 +57,19 @@ class RunFolder:
         """Keep other processes out; the lock vanishes with this process, however it ends."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            for patience in (0.05, 0.1, 0.0):  # s: `status` looks at the lock by holding it for an instant
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if patience:
+                        time.sleep(patience)
+            else:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
                 raise InputError(
                     f"{self.path}: another run (process {owner}) works in this folder. Wait for it or choose another."
-                ) from None
+                )
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

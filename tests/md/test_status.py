@@ -1,8 +1,10 @@
 """Status of runs: states, also with a lock that is really held; progress and time left from what a run writes."""
 
+import fcntl
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,17 @@ def test_asking_leaves_the_lock_free(tmp_path: Path) -> None:
     assert not is_locked(run.path)
     with run.locked():
         pass
+
+
+def test_a_run_may_start_in_the_instant_in_which_its_lock_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    file = open(tmp_path / ".lock")  # noqa: SIM115: closed by the timer
+    fcntl.flock(file, fcntl.LOCK_SH)
+    timer = threading.Timer(0.03, file.close)
+    timer.start()
+    with RunFolder(tmp_path).locked():
+        assert file.closed
+    timer.join()
 
 
 def test_finished_and_stopped_runs(tmp_path: Path) -> None:
