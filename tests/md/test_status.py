@@ -115,7 +115,7 @@ def test_asking_leaves_the_lock_free(tmp_path: Path) -> None:
 
 def test_a_run_may_start_in_the_instant_in_which_its_lock_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
-    file = open(tmp_path / ".lock")  # noqa: SIM115: closed by the timer
+    file = open(tmp_path / ".lock")  # noqa: SIM115 (the timer closes it)
     fcntl.flock(file, fcntl.LOCK_SH)
     timer = threading.Timer(0.03, file.close)
     timer.start()
