@@ -27,6 +27,7 @@ from bamboo.learn.fit import LoopBlock, WeightsBlock, error_table, held_out_erro
 from bamboo.learn.loop import LoopConfig
 from bamboo.learn.losses import LossWeights
 from bamboo.quantum.dataset import Frame
+from md.align_figure import density_figure
 from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
 from md.config import Molecules
 from md.experiment import Measurement, load_measurements, problems
@@ -135,7 +136,7 @@ def _checks(config: AlignConfig) -> list[Problem]:
 
 
 def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
-    """Align, write the model with its card and return the report, which is also written beside it.
+    """Align, write the model with its card and return the report, also written to the working folder, with a figure.
 
     Raises ConvergenceError with the table where the rounds do not bring every density within the tolerance,
     InputError where a density or the model cannot be right, GuardError where a simulation does not stay sound.
@@ -351,7 +352,7 @@ def _finish(
     quantum: Sequence[Frame],
     say: Say,
 ) -> dict[str, Any]:
-    """Write the aligned model with its card and the report."""
+    """Write the aligned model with its card, the report and its figure."""
     force_field = checkpoint.load(model)
     errors: dict[str, dict[str, Errors]] = {
         "before": held_out_errors(checkpoint.load(source), quantum),
@@ -378,7 +379,9 @@ def _finish(
     }
     card = checkpoint.describe(source)["card"] | {"alignment": report}
     checkpoint.save(force_field, config.output, card=card)
-    write_json(config.output.with_suffix("") / "report.json", report)
+    work = config.output.with_suffix("")
+    write_json(work / "report.json", report)
+    density_figure(report).savefig(work / "densities.png", dpi=150)
     for moment in ("before", "after"):
         if tests[moment]:
             say(f"held-out liquids {moment}\n{measurement_table(tests[moment])}")

@@ -19,6 +19,7 @@ from bamboo import checkpoint
 from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
 from md import cli
 from md.align import align, density_error, load_align_config
+from md.align_figure import density_figure
 from md.engine.simulation import Simulation
 from md.trajectory import ThermoSeries
 
@@ -85,6 +86,10 @@ def test_alignment_shrinks_the_density_error_in_both_directions(toy: Any, tmp_pa
         assert errors["after"]["all"] < errors["before"]["all"] + 0.3  # a large shift for so weak forces
         folder = config.output.with_suffix("")
         assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+        assert (folder / "densities.png").stat().st_size > 10_000
+        (axes,) = density_figure(report).axes
+        shown = [float(line.get_xdata()[0]) for line in axes.containers[0][:1] + axes.containers[1][:1]]
+        assert shown == [before, after]
     assert "estimated with kappa = 1 1/GPa" in "\n".join(said)
 
 

@@ -1,0 +1,45 @@
+"""Density errors of an alignment before and after, as a picture."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from md.analysis.estimate import NORMAL_95
+
+MOMENTS = (("before", "o", "none", "0.55"), ("after", "s", "C0", "C0"))
+
+
+def density_figure(report: Mapping[str, Any]) -> Figure:
+    """Draw the density errors [g/cm3] of all liquids of a report of ``bamboo-md align``, with 95 % intervals.
+
+    Liquids that were never aligned to stand above a line.
+    """
+    parts: dict[str, Mapping[str, Sequence[Mapping[str, Any]]]] = {
+        part: report[part] for part in ("aligned", "held_out")
+    }
+    names = [row["name"] for part in parts.values() for row in part["after"]]
+    figure = Figure(figsize=(8.0, 1.2 + 0.3 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0.0, color="0.8", lw=0.8)
+    for moment, marker, face, colour in MOMENTS:
+        rows = [row for part in parts.values() for row in part[moment]]
+        axes.errorbar(
+            [row["density_error"] for row in rows],
+            range(len(rows)),
+            xerr=[NORMAL_95 * row["density_stderr"] for row in rows],
+            fmt=marker,
+            markerfacecolor=face,
+            color=colour,
+            label=f"{moment} alignment",
+        )
+    n_aligned = len(parts["aligned"]["after"])
+    if len(names) > n_aligned:
+        axes.axhline(n_aligned - 0.5, color="0.5", lw=0.8, ls="--")
+        axes.text(
+            0.01, n_aligned - 0.4, "never aligned to", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel("simulated minus measured density / g/cm³ (95 %)")
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.0), fontsize=8, framealpha=0.9)
+    return figure
