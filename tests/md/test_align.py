@@ -18,7 +18,7 @@ import md.liquid
 from bamboo import checkpoint
 from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
 from md import cli
-from md.align import align, density_error, load_align_config
+from md.align import align, density_error, load_align_config, wanted_shift
 from md.align_figure import density_figure
 from md.engine.simulation import Simulation
 from md.trajectory import ThermoSeries
@@ -147,6 +147,21 @@ def test_a_pressure_that_is_plainly_wrong_is_not_measured_to_the_end(toy: Any, t
         sure = measured["pressure_stderr_bar"] < 0.1 * abs(measured["excess_bar"])
         lengths[name] = ThermoSeries.read(folder / "sample/thermo.h5").time_ps[-1], sure
     assert lengths == {"far": (pytest.approx(0.125, abs=0.01), True), "near": (pytest.approx(0.5, abs=0.01), False)}
+
+
+def test_noise_of_a_measurement_is_not_asked_for() -> None:
+    """The best linear estimate of a number known from two sides, by simulating such numbers."""
+    before = {"excess_bar": 1000.0, "pressure_stderr_bar": 120.0}
+    generator = np.random.default_rng(2)
+    true = generator.normal(
+        scale=np.hypot(120.0, 300.0), size=20_000
+    )  # left over by the correction of the round before
+    measured = true + generator.normal(scale=250.0, size=true.size)
+    wanted = -np.array([wanted_shift({"excess_bar": e, "pressure_stderr_bar": 250.0}, before) for e in measured])
+    slope = (measured @ true) / (measured @ measured)  # of the regression of what is true on what is measured
+    assert wanted == pytest.approx(slope * measured, rel=0.03)
+    assert np.std(wanted - true) < 0.8 * 250.0
+    assert wanted_shift({"excess_bar": 500.0, "pressure_stderr_bar": 250.0}) == -500.0  # nothing else is known
 
 
 def test_density_error_follows_a_liquid_that_stiffens() -> None:
