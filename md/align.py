@@ -310,6 +310,9 @@ def _corrected(
         weights=LossWeights(**config.weights.model_dump()),
         config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
         state_path=folder / "state.safetensors",
+        listener=lambda progress: say(
+            f"  correcting, epoch {progress.epoch:.1f} of {config.loop.epochs}, {progress.seconds_left / 60:.0f} min left"
+        ),
     )
     for row, shift, liquid, old in zip(rows, shifts, liquids, before, strict=True):
         gained = molecular_pressure(corrected, liquid.systems).mean() - old
