@@ -311,7 +311,7 @@ def _corrected(
         config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
         state_path=folder / "state.safetensors",
         listener=lambda progress: say(
-            f"  correcting, epoch {progress.epoch:.1f} of {config.loop.epochs}, {progress.seconds_left / 60:.0f} min left"
+            f"  correction, epoch {progress.epoch:.1f} of {config.loop.epochs}; {progress.seconds_left / 60:.0f} min"
         ),
     )
     for row, shift, liquid, old in zip(rows, shifts, liquids, before, strict=True):
