@@ -227,7 +227,7 @@ class RunConfig(_Block):
         if not self.model.committee:
             return {"": self}
         models = [self.model.model_copy(update={"name": n, "committee": ()}) for n in self.model_names]
-        return {_folder_name(Path(m.name).stem): self.model_copy(update={"model": m}) for m in models}
+        return {folder_name(Path(m.name).stem): self.model_copy(update={"model": m}) for m in models}
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ class RunConfig(_Block):
             return {"": self}
         runs = {}
         for electrolyte, temperature in itertools.product(electrolytes, temperatures):
-            words = [_folder_name(electrolyte)] if electrolyte is not None and len(electrolytes) > 1 else []
+            words = [folder_name(electrolyte)] if electrolyte is not None and len(electrolytes) > 1 else []
             words += [f"{temperature:g}K"] if len(temperatures) > 1 else []
             update = {"electrolyte": electrolyte, "temperature": temperature, "pressure": self.target_pressure}
             runs["-".join(words)] = self.model_copy(update=update | {"conditions": None})
@@ -282,7 +282,7 @@ def _one_electrolyte(text: object) -> str:
     return text
 
 
-def _folder_name(text: str) -> str:
+def folder_name(text: str) -> str:
     """Return a text with everything replaced that a file name should not have."""
     return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-.")[:100]
 
@@ -344,7 +344,7 @@ def _check_conditions(config: RunConfig) -> list[tuple[Key, str]]:
         key: Key = ("temperature",) if config.temperature is not None else ("conditions", "temperature")
         problems.append((key, "holds a temperature twice."))
     electrolytes = config.electrolyte if isinstance(config.electrolyte, tuple) else ()
-    if len({_folder_name(text) for text in electrolytes}) < len(electrolytes):
+    if len({folder_name(text) for text in electrolytes}) < len(electrolytes):
         problems.append((("electrolyte",), "holds a composition twice."))
     n_boxes = len(temperatures) * max(1, len(electrolytes)) * config.build.replicas
     if n_boxes > MOST_BOXES:

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import psutil
@@ -31,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo.errors import CheckpointedStop, InputError
 from md.composition import parse_composition
-from md.config import RunConfig, dump_config, load_config
+from md.config import RunConfig, dump_config, folder_name, load_config
+from md.engine.signals import StopSignals
 from md.quantities import MOST_SEVERAL, Temperature, validator
 from md.run_folder import RunFolder
 from md.yaml_model import Problem, load_yaml
@@ -79,7 +78,7 @@ class SweepConfig(BaseModel):
                 "conditions": None,
                 "build": self.run.build.model_copy(update={"seed": seed}),
             }
-            words = [_words(electrolyte)] if isinstance(electrolyte, str) else []
+            words = [folder_name(electrolyte)] if isinstance(electrolyte, str) else []
             members["-".join([*words, f"{temperature:g}K", f"seed{seed}"])] = self.run.model_copy(update=update)
         return members
 
@@ -93,10 +92,6 @@ def is_sweep(path: Path) -> bool:
     """Return whether a YAML file is a sweep: only those have a block ``run``."""
     data = read_yaml(path).data
     return isinstance(data, dict) and "run" in data
-
-
-def _words(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-.")[:100]
 
 
 def _checks(config: SweepConfig) -> list[Problem]:
@@ -113,7 +108,7 @@ def _checks(config: SweepConfig) -> list[Problem]:
     if len(run.each_condition()) > 1:
         problems.append((("run",), "a list is a batch inside one run; lists of a sweep are `electrolytes` and so on."))
     tables = {
-        "electrolytes": [_words(text) for text in config.electrolytes],
+        "electrolytes": [folder_name(text) for text in config.electrolytes],
         "temperatures": [f"{temperature:g}" for temperature in config.temperatures],
         "seeds": [str(seed) for seed in config.seeds],
     }
@@ -269,20 +264,20 @@ def run_members(members: Sequence[Member], *, processes: int | None = None, say:
         f"{n_processes} at a time, {threads} thread{'s' if threads > 1 else ''} each"
     )
     running: list[Process] = []
-    told = False
-    with _Signals() as stop:
+    waits, told = False, set[int]()
+    with StopSignals() as stop:
         while running or (waiting and stop.received is None):
             while waiting and stop.received is None and len(running) < n_processes:
                 free = next((member for member in waiting if not member.is_busy), None)
                 if free is None:
-                    if not (running or told):
-                        told = True
+                    if not (running or waits):
+                        waits = True
                         say(f"waiting for other processes that work on {', '.join(m.name for m in waiting)}")
                     break
                 waiting.remove(free)
                 if not free.is_finished:  # now, by the process that it was waited for
                     running.append(free.start(threads=threads))
-            stop.forward(running)
+            _hand_on(stop.received, running, told)
             time.sleep(POLL_S)
             for process in list(running):
                 if (outcome := process.finished()) is not None:
@@ -312,34 +307,12 @@ def summary(members: Sequence[Member]) -> tuple[str, int]:
     return "\n".join(lines), code
 
 
-class _Signals:
-    """Notes signals that ask for an end, and hands them on to the processes of the members, each once."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._told: set[int] = set()
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        for number in self.NUMBERS:
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
-
-    def forward(self, running: Sequence[Process]) -> None:
-        """Ask the processes to end in their checkpoints, where that is asked of us."""
-        if self.received is None:
-            return
-        number = signal.SIGUSR1 if self.received == signal.SIGUSR1 else signal.SIGTERM
-        for process in running:
-            if process.child.pid not in self._told:
-                self._told.add(process.child.pid)
-                process.child.send_signal(number)
+def _hand_on(received: int | None, running: Sequence[Process], told: set[int]) -> None:
+    """Ask the processes, each once, to end in their checkpoints, where that is asked of us."""
+    if received is None:
+        return
+    number = signal.SIGUSR1 if received == signal.SIGUSR1 else signal.SIGTERM
+    for process in running:
+        if process.child.pid not in told:
+            told.add(process.child.pid)
+            process.child.send_signal(number)

@@ -1,21 +1,19 @@
 """The loop: steps, guards, reports, checkpoints, signals."""
 
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from bamboo.errors import CheckpointedStop, GuardError, InputError
+from bamboo.errors import GuardError, InputError
 from bamboo.units import BAR
 from md.engine import restart
 from md.engine.guards import CAUSE_BLOWUP, Guard, Violation, check_guards, guard_error
 from md.engine.integrators import Integrator
 from md.engine.reporters import ProgressDisplay, ProgressReport, Reporter
+from md.engine.signals import StopSignals
 from md.engine.state import Evaluator, MDState
 from md.engine.stepper import Stepper
 
@@ -80,7 +78,7 @@ class Simulation:
         """
         first, last = self.state.step, self.state.step + n_steps
         started, shown = time.monotonic(), -1.0
-        with _StopSignals(active=self.restart_folder is not None) as stop:
+        with StopSignals(active=self.restart_folder is not None) as stop:
             try:
                 if self._fresh:
                     self._look()
@@ -108,7 +106,7 @@ class Simulation:
         self._reset_evaluator()
         self._last_checkpoint = time.monotonic()
 
-    def _pause(self, stop: "_StopSignals", last: int) -> None:
+    def _pause(self, stop: StopSignals, last: int) -> None:
         """Let the evaluator forget its past, save where that is due, and leave where a signal asks for it."""
         minutes = (time.monotonic() - self._last_checkpoint) / 60.0
         due = self.checkpoint_minutes is not None and minutes >= self.checkpoint_minutes
@@ -182,33 +180,3 @@ class Simulation:
             ns_per_day=rate * self.integrator.timestep_fs * 86400.0 * 1.0e-6,
             eta_s=(last - state.step) / rate,
         )
-
-
-class _StopSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT instead of dying of them; a second SIGINT acts as it would have before."""
-
-    def __init__(self, *, active: bool) -> None:
-        self.received: int | None = None
-        main = threading.current_thread() is threading.main_thread()
-        self._signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if active and main else ()
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        for number in self._signals:
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
-        if number == signal.SIGINT:  # batch systems repeat the others, people mean it
-            signal.signal(number, self._previous[number])
-
-    def leave(self, message: str) -> None:
-        """Raise what the signal asks for."""
-        if self.received == signal.SIGINT:
-            raise KeyboardInterrupt(message)
-        raise CheckpointedStop(f"{message}; the same command continues it.")
