@@ -23,7 +23,7 @@ from bamboo.errors import ConvergenceError, InputError, suggest
 from bamboo.evaluator import Evaluator
 from bamboo.learn.align import Liquid, molecular_pressure, shift_pressures
 from bamboo.learn.evaluate import Errors
-from bamboo.learn.fit import LoopBlock, WeightsBlock, error_table, held_out_errors, load_frames
+from bamboo.learn.fit import LoopBlock, WeightsBlock, card_of_errors, error_table, held_out_errors, load_frames
 from bamboo.learn.loop import LoopConfig
 from bamboo.learn.losses import LossWeights
 from bamboo.quantum.dataset import Frame
@@ -41,6 +41,7 @@ Say = Callable[[str], None]
 SHARES = (0.25, 0.5, 1.0)  # of ``time``, after which the pressure is looked at
 SURE = 0.1  # standard error over excess, below which a longer run would not change the correction by much
 STIFFENING = 10.0  # dK/dP of organic liquids, 1/C - 1 of Tait's C = 0.087 (Dymond, Int. J. Thermophys. 9, 941, 1988)
+FREE = {"output", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"}  # may change
 UNSURE = 0.3  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 % of it
 BROKEN = 0.3  # a density error this large, relative, is an error of input or a broken model
 
@@ -71,6 +72,7 @@ class AlignConfig(BaseModel):
                (``density_error``); "npt" simulates it as well, ``npt_time`` long
     trained    "all" weights or "energy_head"; for 5000 bar in DMC the latter cost clusters 5 to 17 % of their force
                error, all weights 0.5 %
+    description, caveat   of the new model's card; default: what its parent's says
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,6 +99,8 @@ class AlignConfig(BaseModel):
     weights: AlignWeights = AlignWeights()
     loop: LoopBlock = LoopBlock(epochs=10, edges_per_batch=20_000, learning_rate=1.0e-3, weight_decay=0.0)
     seed: Annotated[int, Field(ge=0, le=10**6)] = 1
+    description: str = ""
+    caveat: str = ""
 
     def aligned_rows(self) -> tuple[Measurement, ...]:
         """Return the liquids to align to."""
@@ -145,7 +149,8 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     work = config.output.with_suffix("")
     source = checkpoint.resolve(config.model)
     settings = config.model_dump(
-        mode="json", exclude={"output", "rounds", "tolerance", "align", "test", "table", "species"}
+        mode="json",
+        exclude={"output", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"},
     )
     settings["model_sha256"] = file_sha256(source)
     settings["rows"] = [row.model_dump(mode="json") for row in config.aligned_rows()]
@@ -392,7 +397,8 @@ def _finish(
             for moment, by_group in errors.items()
         },
     }
-    card = checkpoint.describe(source)["card"] | {"alignment": report}
+    card = checkpoint.describe(source)["card"] | card_of_errors(errors["after"]) | {"alignment": report}
+    card |= {name: text for name in ("description", "caveat") if (text := getattr(config, name))}
     checkpoint.save(force_field, config.output, card=card)
     work = config.output.with_suffix("")
     write_json(work / "report.json", report)

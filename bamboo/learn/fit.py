@@ -320,6 +320,17 @@ def error_table(errors: dict[str, Errors]) -> str:
     )
 
 
+def card_of_errors(errors: dict[str, Errors]) -> dict[str, Any]:
+    """Return held-out errors as entries of a model card."""
+    return {
+        "held_out_force_rmse_kcal_mol_A": _number(_pooled(errors) / units.KCAL_PER_MOL),  # without "hot"
+        "held_out": {
+            group: {name: _number(value) for name, value in asdict(part).items()} for group, part in errors.items()
+        },
+        "held_out_units": "eV, Å, e; null: no such labels",
+    }
+
+
 def _card(config: TrainConfig, frames: Sequence[Frame], errors: dict[str, Errors], date: str) -> dict[str, Any]:
     return {
         "description": config.description,
@@ -328,11 +339,7 @@ def _card(config: TrainConfig, frames: Sequence[Frame], errors: dict[str, Errors
         "levels": sorted({frame.labels.level for frame in frames}),
         "frames": dict(Counter(frame.kind for frame in frames)),
         "settings": json.loads(config.model_dump_json(exclude={"data", "output", "description", "caveat"})),
-        "held_out_force_rmse_kcal_mol_A": _number(_pooled(errors) / units.KCAL_PER_MOL),  # without "hot"
-        "held_out": {
-            group: {name: _number(value) for name, value in asdict(part).items()} for group, part in errors.items()
-        },
-        "held_out_units": "eV, Å, e; null: no such labels",
+        **card_of_errors(errors),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }

@@ -17,6 +17,8 @@ import md.align
 import md.liquid
 from bamboo import checkpoint
 from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
+from bamboo.learn.fit import held_out_errors
+from bamboo.quantum.dataset import read_frames
 from md import cli
 from md.align import align, density_error, load_align_config, wanted_shift
 from md.align_figure import density_figure
@@ -81,6 +83,8 @@ def test_alignment_shrinks_the_density_error_in_both_directions(toy: Any, tmp_pa
         assert abs(after) < 0.6 * abs(before)
         card = checkpoint.describe(config.output)["card"]
         assert card["alignment"]["aligned"]["before"][0]["density_error"] == before
+        errors = held_out_errors(checkpoint.load(config.output), read_frames(tmp_path / "clusters.h5"))
+        assert card["held_out"]["neutral"]["forces"] == pytest.approx(errors["neutral"].forces)
         assert card["alignment"]["sources"] == {"argon, 340 K": "a toy"} and card["levels"] == ["toy"]
         errors = report["held_out_force_rmse_eV_A"]
         assert errors["after"]["all"] < errors["before"]["all"] + 0.3  # a large shift for so weak forces
