@@ -27,9 +27,10 @@ from bamboo.learn.fit import LoopBlock, WeightsBlock, card_of_errors, error_tabl
 from bamboo.learn.loop import LoopConfig
 from bamboo.learn.losses import LossWeights
 from bamboo.quantum.dataset import Frame
+from bamboo.system import System
 from md.align_figure import density_figure
 from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
-from md.config import Molecules
+from md.config import Molecules, folder_name
 from md.experiment import Measurement, load_measurements, problems
 from md.liquid import Box, Stage, accept_settings, frames, locked, nvt, simulate, stored, write_json
 from md.model import file_sha256
@@ -43,7 +44,8 @@ SURE = 0.1  # standard error over excess, below which a longer run would not cha
 STIFFENING = 10.0  # dK/dP of organic liquids, 1/C - 1 of Tait's C = 0.087 (Dymond, Int. J. Thermophys. 9, 941, 1988)
 FREE = {"output", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"}  # may change
 UNSURE = 0.3  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 % of it
-BROKEN = 0.3  # a density error this large, relative, is an error of input or a broken model
+MEASURED = "measured.json"
+BROKEN = 0.25  # a density error this large, relative, is an error of input or a broken model
 
 
 class AlignWeights(WeightsBlock):
@@ -51,6 +53,7 @@ class AlignWeights(WeightsBlock):
 
     forces: Annotated[float, Field(ge=0)] = 10.0
     energy: Annotated[float, Field(ge=0)] = 2.0
+    molecular_forces: Annotated[float, Field(ge=0)] = 2.0
     molecular_virial: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -65,11 +68,10 @@ class AlignConfig(BaseModel):
     species    rows of the table made of these solvents and salts only are taken; default: every row
     atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest, at most: a
                pressure that is wrong by ten of its standard errors is known well enough after a quarter or half of it
-    frames     taken from each quarter of a run to train on
+    frames     taken from each run to train on
     rounds     most corrections before the alignment fails
     tolerance  of every density
-    check      how a density error is known: "compressibility" estimates it from P_sim - P_exp and one stated kappa
-               (``density_error``); "npt" simulates it as well, ``npt_time`` long
+    compressibility   kappa, by which density errors are estimated from P_sim - P_exp (``density_error``)
     trained    "all" weights or "energy_head"; for 5000 bar in DMC the latter cost clusters 5 to 17 % of their force
                error, all weights 0.5 %
     description, caveat   of the new model's card; default: what its parent's says
@@ -88,12 +90,10 @@ class AlignConfig(BaseModel):
     atoms: Annotated[int, Field(ge=20, le=100_000)] = 400
     equilibrate: Duration = 10.0 * units.PICOSECOND
     time: Duration = 40.0 * units.PICOSECOND
-    frames: Annotated[int, Field(ge=1, le=10_000)] = 10
+    frames: Annotated[int, Field(ge=1, le=10_000)] = 20
     rounds: Annotated[int, Field(ge=1, le=100)] = 6
     tolerance: Density = 0.01 * units.GRAM_PER_CM3
-    check: Literal["compressibility", "npt"] = "compressibility"
     compressibility: Compressibility = 1.0e-9 / units.PASCAL
-    npt_time: Duration = 60.0 * units.PICOSECOND
     clusters: Annotated[int, Field(ge=1)] = 1200
     trained: Literal["energy_head", "all"] = "all"
     weights: AlignWeights = AlignWeights()
@@ -148,12 +148,9 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     """
     work = config.output.with_suffix("")
     source = checkpoint.resolve(config.model)
-    settings = config.model_dump(
-        mode="json",
-        exclude={"output", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"},
-    )
+    settings = config.model_dump(mode="json", exclude=FREE)
     settings["model_sha256"] = file_sha256(source)
-    settings["rows"] = [row.model_dump(mode="json") for row in config.aligned_rows()]
+    settings["rows"] = [[row.name, row.pressure, row.density] for row in config.aligned_rows()]
     with locked(work):
         accept_settings(work, settings)
         quantum = load_frames(config.data, max_force=20.0, say=say)
@@ -162,7 +159,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
         for number in range(config.rounds + 1):
             folder = work / f"round-{number:02d}"
             rows = measure_all(
-                model, config.aligned_rows(), folder / "align", config=config, seed=config.seed + 1000 * number, say=say
+                model, config.aligned_rows(), folder, config=config, seed=config.seed + 1000 * number, say=say
             )
             history.append(rows)
             say(f"round {number}, {model.name}\n{measurement_table(rows)}")
@@ -176,7 +173,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
             moment: measure_all(
                 file,
                 config.test_rows(),
-                work / f"test-{moment}" / "test",
+                work / f"test-{file_sha256(file)[:12]}",  # of another model nothing is taken over
                 config=config,
                 seed=config.seed + 500,
                 say=say,
@@ -189,17 +186,25 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
 def measure_all(
     model: Path, rows: Sequence[Measurement], place: Path, *, config: AlignConfig, seed: int, say: Say
 ) -> list[dict[str, Any]]:
-    """Simulate liquids one after the other in ``place-00``, ``place-01`` and so on; say results and the time left."""
-    begun, results = time.monotonic(), list[dict[str, Any]]()
-    for k, row in enumerate(rows):
-        results.append(measure(model, row, place.with_name(f"{place.name}-{k:02d}"), config=config, seed=seed + k))
-        left = (time.monotonic() - begun) / (k + 1) * (len(rows) - k - 1) / 60.0
+    """Simulate liquids one after the other, each in a folder of its name; say results and the time left."""
+    folders = [place / box_name(k, row.name) for k, row in enumerate(rows)]
+    begun, n_done, results = time.monotonic(), 0, list[dict[str, Any]]()
+    for k, (row, folder) in enumerate(zip(rows, folders, strict=True)):
+        n_done += not (folder / MEASURED).exists()
+        results.append(measure(model, row, folder, config=config, seed=seed + k))
+        n_open = sum(not (other / MEASURED).exists() for other in folders)
+        left = (time.monotonic() - begun) / max(n_done, 1) * n_open / 60.0
         say(
-            f"{place.parent.name}, {k + 1} of {len(rows)}: {row.name}, {results[-1]['pressure_bar']:.0f} ± "
+            f"{place.name}, {k + 1} of {len(rows)}: {row.name}, {results[-1]['pressure_bar']:.0f} ± "
             f"{results[-1]['pressure_stderr_bar']:.0f} bar at the measured density"
-            + (f"; {left:.0f} min left of these" if left >= 0.5 else "")
+            + (f"; {left:.0f} min left of these" if n_done and left >= 0.5 else "")
         )
     return results
+
+
+def box_name(number: int, name: str) -> str:
+    """Return the folder of a liquid: its place in the list, and its name."""
+    return f"{number:02d}-{folder_name(name)}"
 
 
 def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
@@ -222,16 +227,13 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
             tensor = series.pressure[known]
             pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
             excess_bar = pressure.value - target_bar
-            if pressure.stderr < SURE * abs(excess_bar):
+            if not drifts and pressure.is_converged and pressure.stderr < SURE * abs(excess_bar):
                 break
-        if config.check == "npt":
-            stages += [sample, Stage("npt", config.npt_time / units.PICOSECOND, pressure_bar=target_bar)]
-            simulate(box, stages, evaluator, folder)
         kappa, density = config.compressibility * units.BAR, row.density_g_cm3
         low, middle, high = (
             density_error(density, kappa * (excess_bar + k * pressure.stderr)) for k in (-1.0, 0.0, 1.0)
         )
-        result = {
+        return {
             "name": row.name,
             "density_measured": row.density_g_cm3,
             "pressure_bar": pressure.value,
@@ -242,16 +244,8 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
             "how": f"estimated with kappa = {config.compressibility * 1e9 * units.PASCAL:g} 1/GPa",
             "drifts": drifts,
         }
-        if config.check == "npt":
-            npt = ThermoSeries.read(folder / "npt" / "thermo.h5")
-            simulated, moves = equilibrated_mean(npt.density_g_cm3[:, 0])
-            result |= {
-                "density_error": simulated.value - density, "density_stderr": simulated.stderr,
-                "how": "npt", "drifts": drifts or moves,
-            }  # fmt: skip
-        return result
 
-    result = stored(folder / "measured.json", compute)
+    result = stored(folder / MEASURED, compute)
     if abs(result["density_error"]) > BROKEN * row.density_g_cm3:
         raise InputError(
             f"{row.name}: the model's pressure at the measured {row.density_g_cm3:.4g} g/cm3 is "
@@ -304,7 +298,10 @@ def _corrected(
     path = folder / "corrected.safetensors"
     if path.exists():
         return path
-    liquids = [Liquid(frames(folder / f"align-{k:02d}", "sample"), shift * units.BAR) for k, shift in enumerate(shifts)]
+    liquids = [
+        Liquid(_spread_out(frames(folder / box_name(k, row["name"]), "sample"), config.frames), shift * units.BAR)
+        for k, (row, shift) in enumerate(zip(rows, shifts, strict=True))
+    ]
     force_field = checkpoint.load(model)
     before = [molecular_pressure(force_field, liquid.systems).mean() for liquid in liquids]
     corrected = shift_pressures(
@@ -326,6 +323,11 @@ def _corrected(
     checkpoint.save(corrected, draft, card=checkpoint.describe(model)["card"])
     draft.rename(path)
     return path
+
+
+def _spread_out(systems: Sequence[System], count: int) -> list[System]:
+    """Return ``count`` of the frames, evenly spaced: every liquid weighs the same, however long it ran."""
+    return [systems[k] for k in np.linspace(0, len(systems) - 1, min(count, len(systems))).round().astype(int)]
 
 
 def anchors(quantum: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def simulate(box: Box, stages: Sequence[Stage], evaluator: Evaluator, folder: Pa
 
     Raises GuardError where the model left physical ground (its records stay), CheckpointedStop after SIGTERM.
     """
+    accept_settings(folder, asdict(box) | {"timestep_fs": _timestep_fs(box), "hydrogen_mass": HYDROGEN_MASS})
     saved = restart.load(folder / "restart", device=device_of(evaluator))
     system, counts = _start(box, folder)
     topology = build_topology(system, counts)

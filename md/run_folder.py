@@ -161,3 +161,18 @@ def _write(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
+
+
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process works in the folder of a run (``RunFolder.locked``).
+
+    Asked for by trying a shared lock, which is given back at once.
+    """
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never locked, or on a file system without locks
+        return False
+    return False

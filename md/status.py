@@ -1,6 +1,5 @@
 """How far runs have come, read from their folders while they may be at work."""
 
-import fcntl
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from md import protocol
 from md.config import Minimise, RunConfig
 from md.engine.reporters import duration_text
 from md.engine.restart import SLOTS
-from md.run_folder import RunFolder
+from md.run_folder import RunFolder, is_locked
 
 State = Literal["running", "finished", "stopped by a guard", "interrupted"]
 STEPS_PER_SECOND = 1.0e6 / 86400.0  # of a timestep of 1 fs, at 1 ns per day
@@ -140,21 +139,6 @@ def status_table(found: Sequence[RunStatus]) -> str:
         lines.append("  ".join(f"{text:<{width}s}" for text, width in zip(row, widths, strict=True)).rstrip())
         lines += [f"    {reason}"] if reason else []
     return "\n".join(lines)
-
-
-def is_locked(folder: Path) -> bool:
-    """Tell whether a process works in the folder of a run (``RunFolder.locked``).
-
-    Asked for by trying a shared lock, which is given back at once.
-    """
-    try:
-        with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # never locked, or on a file system without locks
-        return False
-    return False
 
 
 def _position(member: RunFolder, config: RunConfig) -> tuple[int, int]:

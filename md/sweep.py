@@ -17,7 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +28,12 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from bamboo.errors import CheckpointedStop, InputError
+from bamboo.errors import CheckpointedStop
 from md.composition import parse_composition
 from md.config import RunConfig, dump_config, folder_name, load_config
 from md.engine.signals import StopSignals
 from md.quantities import MOST_SEVERAL, Temperature, validator
-from md.run_folder import RunFolder
+from md.run_folder import is_locked
 from md.yaml_model import Problem, load_yaml
 from md.yaml_source import read_yaml
 
@@ -167,11 +168,7 @@ class Member:
     @property
     def is_busy(self) -> bool:
         """Whether another process works in its folder."""
-        try:
-            with RunFolder(self.folder).locked():
-                return False
-        except InputError:
-            return True
+        return is_locked(self.folder)
 
     def check(self) -> None:
         """Write its configuration and read it back; raises InputError for what its run would refuse."""
@@ -265,7 +262,7 @@ def run_members(members: Sequence[Member], *, processes: int | None = None, say:
     )
     running: list[Process] = []
     waits, told = False, set[int]()
-    with StopSignals() as stop:
+    with StopSignals() as stop, _ended_with_us(running):
         while running or (waiting and stop.received is None):
             while waiting and stop.received is None and len(running) < n_processes:
                 free = next((member for member in waiting if not member.is_busy), None)
@@ -305,6 +302,16 @@ def summary(members: Sequence[Member]) -> tuple[str, int]:
     if len(members) == len(left) == 1 and (only := members[0].outcome) is not None:
         code = only.code or CheckpointedStop.exit_code
     return "\n".join(lines), code
+
+
+@contextmanager
+def _ended_with_us(running: Sequence[Process]) -> Iterator[None]:
+    """Ask for the end of processes that still live when an error or a second SIGINT ends the sweep."""
+    try:
+        yield
+    except BaseException:
+        _hand_on(signal.SIGTERM, running, set())
+        raise
 
 
 def _hand_on(received: int | None, running: Sequence[Process], told: set[int]) -> None:

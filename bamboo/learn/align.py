@@ -33,7 +33,7 @@ from bamboo.errors import InputError
 from bamboo.forcefield import ForceField
 from bamboo.learn.fit import choose_trained
 from bamboo.learn.loop import Loop, LoopConfig, Progress
-from bamboo.learn.losses import LossWeights, molecular_virial
+from bamboo.learn.losses import LossWeights, molecular_forces, molecular_virial
 from bamboo.learn.samples import make_sample, unpack
 from bamboo.quantum.dataset import Frame
 from bamboo.quantum.labels import Labels
@@ -71,6 +71,9 @@ def anchored(force_field: ForceField, system: System, shift: float | None) -> Da
     sample.molecular_virial = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
     if shift is None:
         sample.virial = output.virial if system.pbc else sample.virial
+        whole = molecular_forces(output, sample.molecule_index)
+        n_molecules = int(sample.molecule_index.max()) + 1
+        sample.molecular_forces[: n_molecules if n_molecules > 1 else 0] = whole[:n_molecules]
         return sample
     sample.arms = torch.from_numpy(arms(system))
     own = molecular_virial(output, sample.arms, torch.zeros(system.n_atoms, dtype=torch.int64))

@@ -246,8 +246,9 @@ class Loop:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: the saved training state is damaged; remove it to start anew.") from error
         for name, ours in self._settings().items():
-            # states written before a setting existed had its default
-            changed = {key for key in ours if header[name].get(key, ours[key]) != ours[key]} - {"save_seconds"}
+            # states written before a setting existed had its default, before a part of the loss existed not that part
+            before = asdict(LoopConfig()) if name == "config" else dict.fromkeys(ours, 0.0)
+            changed = {key for key in ours if header[name].get(key, before[key]) != ours[key]} - {"save_seconds"}
             if changed:
                 raise InputError(
                     f"{path}: the saved training used other settings ({', '.join(sorted(changed))}). "

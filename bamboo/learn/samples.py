@@ -82,8 +82,9 @@ def fit_references(force_field: ForceField, frames: Sequence[Frame]) -> None:
 def make_sample(force_field: ForceField, frame: Frame) -> Data:
     """Return one frame as a graph with residual labels; absent labels are nan.
 
-    ``molecule_index`` is the molecule of each atom, what bonds hold together; row k of ``molecular_forces`` is the
-    force on the whole of molecule k, nan where there is only one.
+    ``molecule_index`` is the molecule of each atom, or what bonds hold together where the frame does not tell; row k of
+    ``molecular_forces`` is the residual force on the whole of molecule k, nan beyond the last molecule, and everywhere
+    where there is only one.
     """
     batch = Batch.from_systems([frame.system])
     config = force_field.config
@@ -98,7 +99,7 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
     gradient, strain_gradient = torch.autograd.grad(fixed, (positions, strain))
     labels, n_atoms = frame.labels, frame.system.n_atoms
     forces = _label(labels.forces, (n_atoms, 3)) + gradient
-    group = torch.from_numpy(bonded_groups(bond_graph(frame.system), n_atoms))
+    group = torch.from_numpy(_molecules(frame.system))
     net = torch.full((n_atoms, 3), float("nan"), dtype=torch.float64)
     if (n_groups := int(group.max()) + 1) > 1:
         net[:n_groups] = torch.zeros(n_groups, 3, dtype=torch.float64).index_add(0, group, forces)
@@ -119,6 +120,13 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
         virial=_label(labels.virial, (3, 3))[None] + strain_gradient,
         num_nodes=n_atoms,
     )
+
+
+def _molecules(system: System) -> np.ndarray:
+    """Return the number of each atom's molecule, (n_atoms,), from 0 without gaps."""
+    if system.molecule is None:
+        return bonded_groups(bond_graph(system), system.n_atoms)
+    return np.unique(system.molecule, return_inverse=True)[1].astype(np.int64)
 
 
 def _label(values: object, shape: tuple[int, ...]) -> torch.Tensor:
@@ -194,6 +202,7 @@ def _far_pair(first: Frame, second: Frame, offset: np.ndarray) -> Frame:
             cell=np.zeros((3, 3)),
             pbc=False,
             total_charge=a.total_charge + b.total_charge,
+            molecule=np.concatenate([(own := _molecules(a)), own.max() + 1 + _molecules(b)]),
         ),
         labels=Labels(
             level=one.level,
