@@ -28,7 +28,7 @@ from bamboo.forcefield import ForceField, ForceFieldConfig
 
 FORMAT, FORMAT_VERSION = "bamboo-force-field", 1
 UNITS = {"energy": "eV", "length": "Å", "charge": "e"}
-ALIASES = {"default": "b3lyp"}
+ALIASES = {"default": "aligned"}
 
 
 def zoo() -> dict[str, Path]:

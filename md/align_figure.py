@@ -41,5 +41,5 @@ def density_figure(report: Mapping[str, Any]) -> Figure:
         )
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("simulated minus measured density / g/cm³ (95 %)")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.0), fontsize=8, framealpha=0.9)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure

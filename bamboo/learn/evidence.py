@@ -211,7 +211,8 @@ def plot(sources: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
         kind = what.partition(":")[0]
         axes.set_xlabel({"pair": "distance / Å", "shell": "number of solvents", "rotation": "angle / degrees"}[kind])
         axes.set_ylabel("kcal/mol")
-        if index == 0:
-            axes.legend(fontsize=7)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(sources), fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
