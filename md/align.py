@@ -28,7 +28,7 @@ from bamboo.learn.loop import LoopConfig
 from bamboo.learn.losses import LossWeights
 from bamboo.quantum.dataset import Frame
 from bamboo.system import System
-from md.align_figure import density_figure
+from md.align_report import density_figure, mean_absolute_error, measurement_table
 from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
 from md.config import Molecules, folder_name
 from md.experiment import Measurement, load_measurements, problems
@@ -337,22 +337,6 @@ def anchors(quantum: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
         raise InputError("`data` holds no frames for training; they keep the model in place.")
     chosen = np.random.default_rng(seed).permutation(len(known))[:count]
     return [known[index] for index in chosen]
-
-
-def measurement_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return measured liquids as a table; pressures in bar, densities in g/cm3."""
-    lines = [f"{'liquid':<44}{'rho exp':>9}{'P at rho exp':>20}{'density error':>22}  how"]
-    for row in rows:
-        pressure = f"{row['pressure_bar']:.0f} ± {row['pressure_stderr_bar']:.0f}"
-        error = f"{row['density_error']:+.4f} ± {row['density_stderr']:.4f}"
-        drift = "; still drifts" if row["drifts"] else ""
-        lines.append(f"{row['name']:<44}{row['density_measured']:>9.4f}{pressure:>20}{error:>22}  {row['how']}{drift}")
-    return "\n".join(lines)
-
-
-def mean_absolute_error(rows: Sequence[dict[str, Any]]) -> float:
-    """Return the mean absolute density error [g/cm3], nan for no rows."""
-    return float(np.mean([abs(row["density_error"]) for row in rows])) if rows else math.nan
 
 
 def _failure(config: AlignConfig, history: Sequence[Sequence[dict[str, Any]]]) -> str:

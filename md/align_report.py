@@ -1,13 +1,31 @@
-"""Density errors of an alignment before and after, as a picture."""
+"""What an alignment did to densities: as a table, as one number, as a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from md.analysis.estimate import NORMAL_95
 
 MOMENTS = (("before", "o", "none", "0.55"), ("after", "s", "C0", "C0"))
+
+
+def measurement_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return measured liquids as a table; pressures in bar, densities in g/cm3."""
+    lines = [f"{'liquid':<44}{'rho exp':>9}{'P at rho exp':>20}{'density error':>22}  how"]
+    for row in rows:
+        pressure = f"{row['pressure_bar']:.0f} ± {row['pressure_stderr_bar']:.0f}"
+        error = f"{row['density_error']:+.4f} ± {row['density_stderr']:.4f}"
+        drift = "; still drifts" if row["drifts"] else ""
+        lines.append(f"{row['name']:<44}{row['density_measured']:>9.4f}{pressure:>20}{error:>22}  {row['how']}{drift}")
+    return "\n".join(lines)
+
+
+def mean_absolute_error(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean absolute density error [g/cm3], nan for no rows."""
+    return float(np.mean([abs(row["density_error"]) for row in rows])) if rows else math.nan
 
 
 def density_figure(report: Mapping[str, Any]) -> Figure:
