@@ -1,8 +1,8 @@
 """``bamboo-md align config.yaml``: measure the pressure at the experimental density, correct it, measure again.
 
 Each round simulates every liquid at its measured density (NVT), takes the mean of the molecular pressure, which has the
-mean of the atomic one and a fraction of its noise, with its error bar, and
-fine-tunes the model so that its molecular pressure shifts by P_exp - P_sim (``bamboo/learn/align.py``). It ends when
+mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model so that its molecular
+pressure shifts by P_exp - P_sim, less what is noise (``wanted_shift``, ``bamboo/learn/align.py``). It ends when
 every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids that only test
 are simulated with the first and the last model.
 
@@ -72,8 +72,8 @@ class AlignConfig(BaseModel):
     rounds     most corrections before the alignment fails
     tolerance  of every density
     compressibility   kappa, by which density errors are estimated from P_sim - P_exp (``density_error``)
-    trained    "all" weights or "energy_head"; for 5000 bar in DMC the latter cost clusters 5 to 17 % of their force
-               error, all weights 0.5 %
+    trained    "all" weights or "energy_head"; for 5200 bar in DMC the latter cost clusters up to 4 % of their force
+               error, all weights 0.5 % (docs/alignment.md)
     description, caveat   of the new model's card; default: what its parent's says
     """
 

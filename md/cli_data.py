@@ -136,22 +136,24 @@ def data_probes(output: Annotated[Path, typer.Argument(help="Extended XYZ file t
 @reported
 def data_lift(
     base: Annotated[str, typer.Argument(help="Model of the zoo or file, trained on the cheap labels.")],
-    tuned: Annotated[str, typer.Argument(help="Model started from it and trained on good labels.")],
     sources: Files,
+    tuned: Annotated[list[str], typer.Option(help="Model started from BASE and trained on good labels; repeatable.")],
     output: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
-    """Lift cheap labels to a better level: E - E_base + E_tuned, without those that BASE does not explain."""
+    """Lift cheap labels to a better level: E - E_base + mean of E_tuned, without those that BASE does not explain."""
     from bamboo.checkpoint import describe, load
     from bamboo.learn.lift import LIFTED, lift_frames
     from bamboo.quantum.dataset import count_table, read_frames, write_frames
 
-    levels = {level.removesuffix(LIFTED) for level in describe(tuned)["card"].get("levels", [])}
+    names = ", ".join(tuned)
+    cards = [describe(model)["card"] for model in tuned]
+    levels = {level.removesuffix(LIFTED) for card in cards for level in card.get("levels", [])}
     if len(levels) != 1:
-        raise InputError(f"{tuned}: its card names {len(levels)} levels of theory, expected the one it was tuned to.")
+        raise InputError(f"{names}: cards name {len(levels)} levels of theory, expected the one of the good labels.")
     cheap = [frame for source in sources for frame in read_frames(source)]
-    lifted = lift_frames(load(base), load(tuned), cheap, level=levels.pop(), progress=_tell)
+    lifted = lift_frames(load(base), [load(model) for model in tuned], cheap, level=levels.pop(), progress=_tell)
     print(f"{len(cheap) - len(lifted)} of {len(cheap)} frames left out: {base} does not explain their forces")
-    write_frames(output, lifted, provenance={"base": Path(base).name, "tuned": Path(tuned).name})
+    write_frames(output, lifted, provenance={"base": Path(base).name, "tuned": names})
     print(count_table(lifted))
 
 

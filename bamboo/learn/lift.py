@@ -1,10 +1,12 @@
-"""From many cheap labels and a few good ones to many good ones: two models, one per level of theory, lift the many.
+"""From many cheap labels and a few good ones to many good ones: models of the two levels of theory lift the many.
 
-``base`` was trained on the cheap labels, ``tuned`` started from base and went on with the good labels. For any frame
+``base`` was trained on the cheap labels; each of ``tuned`` started from base and went on with the good labels, with a
+seed of its own. For any frame
 
-    E_lifted = E_cheap - E_base + E_tuned,        forces and virial likewise, charges and dipole of tuned:
+    E_lifted = E_cheap - E_base + <E_tuned>,        forces and virial likewise, charges and dipole of <tuned>:
 
-the large set keeps what base cannot explain of it, and gains what tuned has learnt. Levels of theory differ in their
+the large set keeps what base cannot explain of it, and gains what tuned have learnt; the mean <> over them leaves out
+much of what each has invented where good labels are few. Levels of theory differ in their
 charges and thus in their long-range electrostatics, and beyond that at short range only; each model brings its own
 electrostatics, so that the difference of the two is right from afar as well. Dispersion is subtracted from labels that
 contain it and is in no label of a level that contains none (``Labels.contains_dispersion``).
@@ -16,6 +18,7 @@ model alone is within 1 kcal/mol/Å of B3LYP for the same frames.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +50,7 @@ def predict(force_field: ForceField, frame: Frame, *, level: str) -> Labels:
 
 def lift_frames(
     base: ForceField,
-    tuned: ForceField,
+    tuned: Sequence[ForceField],
     cheap: Sequence[Frame],
     *,
     level: str,
@@ -62,7 +65,8 @@ def lift_frames(
         if progress is not None:
             progress(index + 1, len(cheap))
         label = frame.labels
-        low, high = predict(base, frame, level=label.level), predict(tuned, frame, level=level)
+        low = predict(base, frame, level=label.level)
+        high = _mean([predict(model, frame, level=level) for model in tuned])
         if label.forces is not None and low.forces is not None and _unexplained(label.forces, low.forces):
             continue
         labels = replace(
@@ -74,6 +78,16 @@ def lift_frames(
         )
         lifted.append(replace(frame, labels=labels))
     return lifted
+
+
+def _mean(labels: Sequence[Labels]) -> Labels:
+    """Return the mean of labels of one frame and level."""
+
+    def mean(name: str) -> Any:
+        values = [getattr(label, name) for label in labels]
+        return None if values[0] is None else np.mean(values, axis=0)
+
+    return replace(labels[0], **{name: mean(name) for name in ("energy", "forces", "virial", "charges", "dipole")})
 
 
 def _unexplained(label: NDArray[np.float64], prediction: NDArray[np.float64]) -> bool:

@@ -34,8 +34,8 @@ from bamboo.system import System
 
 # Trajectories per recipe: about 13 500 small frames, 600 of 300 large clusters and 200 of periodic boxes.
 PLAN = {
-    "dynamics": 360, "anion": 100, "compressed": 90, "scan": 140, "distorted": 80, "isolated": 60, "large": 150,
-    "periodic": 100,
+    "dynamics": 360, "anion": 100, "compressed": 90, "scan": 140, "distorted": 80, "rotated": 40, "isolated": 60,
+    "large": 150, "periodic": 100,
 }  # fmt: skip
 MAX_SHARD_BYTES = 4_000_000
 LICENCE = "CC0-1.0"

@@ -147,10 +147,9 @@ def _stacked(name: str, positions: Positions, distance: float) -> Positions:
     return np.asarray(flat + np.array([0.0, 0.0, distance]))
 
 
-def rotated(name: str, positions: Positions, angle: float) -> Positions:
-    """Return the molecule with the torsion O=C-O-C of its first ether oxygen set to an angle [degrees]; 0 is cis."""
-    carbon, oxygen, ethers = _carbonate(name)
-    ether = ethers[0]
+def rotated(name: str, positions: Positions, angle: float, *, side: int = 0) -> Positions:
+    """Return the molecule with the torsion O=C-O-C of an ether oxygen (0 or 1) set to an angle [degrees]; 0 is cis."""
+    _, carbon, ether, _ = _ester(name, side)
     bonds = [pair for pair in molecule(name).bonds if set(pair) != {carbon, ether}]
     moving, grown = {ether}, True
     while grown:
@@ -159,14 +158,25 @@ def rotated(name: str, positions: Positions, angle: float) -> Positions:
             if (a in moving) != (b in moving):
                 moving |= {a, b}
                 grown = True
-    alkyl = next(b if a == ether else a for a, b in bonds if ether in (a, b))
     axis = _unit(positions[ether] - positions[carbon])
-    current = _torsion(positions[[oxygen, carbon, ether, alkyl]])
-    turn = Rotation.from_rotvec(np.deg2rad(angle - current) * axis)
+    turn = Rotation.from_rotvec(np.deg2rad(angle - ester_torsion(name, positions, side=side)) * axis)
     members = sorted(moving)
     turned = positions.copy()
     turned[members] = turn.apply(positions[members] - positions[carbon]) + positions[carbon]
     return turned
+
+
+def ester_torsion(name: str, positions: Positions, *, side: int) -> float:
+    """Return the torsion O=C-O-C [degrees] of an ether oxygen (0 or 1) of a linear carbonate."""
+    return _torsion(positions[list(_ester(name, side))])
+
+
+def _ester(name: str, side: int) -> tuple[int, int, int, int]:
+    """Return the atoms of a torsion: terminal oxygen, carbonyl carbon, ether oxygen, alkyl carbon."""
+    carbon, oxygen, ethers = _carbonate(name)
+    ether = ethers[side]
+    alkyl = next(b if a == ether else a for a, b in molecule(name).bonds if ether in (a, b) and carbon not in (a, b))
+    return oxygen, carbon, ether, alkyl
 
 
 def _torsion(four: Positions) -> float:

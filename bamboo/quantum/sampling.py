@@ -20,6 +20,7 @@ from bamboo.quantum.conformers import Library
 from bamboo.quantum.dataset import Frame, round_positions
 from bamboo.quantum.dynamics import langevin, prepare, relax
 from bamboo.quantum.labels import Labels
+from bamboo.quantum.probes import rotated
 from bamboo.quantum.xtb import UnconvergedError, evaluate_atoms, label_xtb
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import (
@@ -39,6 +40,7 @@ MAX_SCAN_ENERGY = 150.0 * KCAL_PER_MOL  # above the separated pair
 VDW_RADII = {1: 1.20, 3: 0.75, 6: 1.70, 7: 1.55, 8: 1.52, 9: 1.47, 15: 1.80, 16: 1.80}  # Bondi; Li+: ionic
 
 FAILURES = (UnconvergedError, CalculationFailed)  # ours, and ASE's from within an optimiser or integrator
+LINEAR_CARBONATES = ("DMC", "EMC", "DEC")
 BURN_IN_STEPS = 60
 KEEP_EVERY = 10
 MIN_LITHIUM_DISTANCE = 2.7  # Å; in liquids, where an anion bridges two lithium ions, they come within 2.8
@@ -179,6 +181,17 @@ def sample_distorted(generator: np.random.Generator, library: Library, outcome: 
         _label_into(outcome, _single(name, positions), kind=kind_of((name,)), sampling="distorted")
 
 
+def sample_rotated(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
+    """A linear carbonate, one of its torsions at a random angle, slightly distorted: dynamics rarely gets beyond 60."""
+    name = str(generator.choice(LINEAR_CARBONATES))
+    for _ in range(8):
+        positions = library.draw(name, generator)
+        angle, side = float(generator.uniform(-180.0, 180.0)), int(generator.integers(2))
+        positions = rotated(name, positions, angle, side=side)
+        positions = positions + generator.normal(scale=0.03 / np.sqrt(3.0), size=positions.shape)
+        _label_into(outcome, _single(name, positions), kind=kind_of((name,)), sampling="scan")
+
+
 def sample_isolated(generator: np.random.Generator, library: Library, outcome: Outcome) -> None:
     """Every molecule and ion alone: what far-apart fragments must become; a bare Li+ carries exactly 1 e."""
     for name in library.names:
@@ -254,6 +267,7 @@ RECIPES: dict[str, Callable[[np.random.Generator, Library, Outcome], None]] = {
     "compressed": sample_compressed,
     "scan": sample_scan,
     "distorted": sample_distorted,
+    "rotated": sample_rotated,
     "isolated": sample_isolated,
     "large": sample_large,
     "periodic": sample_periodic,

@@ -165,6 +165,12 @@ def test_tests_are_those_of_the_model_that_came_out(toy: Any) -> None:
     assert abs(second["held_out"]["after"][0]["density_error"]) < abs(first["held_out"]["after"][0]["density_error"])
 
 
+def test_every_liquid_gives_the_same_number_of_frames() -> None:
+    systems = list(range(80))
+    assert md.align._spread_out(systems, 5) == [0, 20, 40, 59, 79]
+    assert md.align._spread_out(systems[:3], 5) == [0, 1, 2]
+
+
 def test_noise_of_a_measurement_is_not_asked_for() -> None:
     """The best linear estimate of a number known from two sides, by simulating such numbers."""
     before = {"excess_bar": 1000.0, "pressure_stderr_bar": 120.0}

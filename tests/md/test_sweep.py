@@ -192,6 +192,14 @@ def test_the_signal_before_the_limit_ends_a_task_in_a_checkpoint_and_the_next_co
     assert summary([one])[1] == 75
 
 
+def test_an_error_in_the_sweep_ends_its_processes(settings: str, tmp_path: Path) -> None:
+    member = members_of(load_sweep(write(tmp_path, settings)), tmp_path)[0]
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(RuntimeError, match="a bug"), sweep._ended_with_us([sweep.Process(member, child)]):
+        raise RuntimeError("a bug")
+    assert child.wait(timeout=20) == -signal.SIGTERM
+
+
 QUICK = """\
 run: {electrolyte: DMC, build: {atoms: 100}}
 temperatures: [280 K, 300 K, 320 K]

@@ -70,6 +70,21 @@ def test_own_predictions_leave_only_the_shift_in_the_loss(make_force_field: Any)
     assert "virial" not in parts  # the atomic virial may follow the pressure
 
 
+def test_clusters_stay_where_the_model_had_them_molecule_by_molecule(make_force_field: Any) -> None:
+    """The anchors of several molecules carry the forces on each; a change of the model shows in them."""
+    force_field = make_force_field()
+    box = water_box()
+    cluster = System(box.numbers, box.positions, np.zeros((3, 3)), False, 0.0, box.molecule)
+    data = Stack.from_data_list([anchored(force_field, cluster, None)])
+    batch, neighbors = unpack(data)
+    parts = loss_parts(force_field(batch, neighbors, fixed_terms=False), data, batch.atoms_per_system)
+    assert float(parts["molecular_forces"]) < 1e-18
+    with torch.no_grad():
+        force_field.energy_head[-1].weight.mul_(1.1)
+    parts = loss_parts(force_field(batch, neighbors, fixed_terms=False), data, batch.atoms_per_system)
+    assert float(parts["molecular_forces"]) > 1e-12
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_pressure_shifts_as_asked_and_the_rest_stays(make_force_field: Any, sign: float) -> None:
     force_field = make_force_field("network")

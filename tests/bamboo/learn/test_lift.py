@@ -75,7 +75,7 @@ def test_what_the_base_cannot_explain_is_kept(system: System) -> None:
     forces = 0.01 * np.arange(12.0).reshape(4, 3)
     low, high = output(base, system), predict(tuned, frame(system), level=GOOD)
     cheap = frame(system, energy=float(low.energy) + 5.0, forces=low.forces.numpy() + forces)
-    (lifted,) = lift_frames(base, tuned, [cheap], level=GOOD)
+    (lifted,) = lift_frames(base, [tuned], [cheap], level=GOOD)
     labels = lifted.labels
     assert labels.energy == pytest.approx(high.energy + 5.0, rel=1e-10)
     np.testing.assert_allclose(labels.forces, high.forces + forces, atol=1e-9)
@@ -93,15 +93,31 @@ def test_labels_that_the_base_does_not_explain_are_left_out() -> None:
     for system, residuals in ((CLUSTER, (0.12, 0.14)), (replace(CLUSTER, positions=close), (0.14, None))):
         forces = output(base, system).forces.numpy()
         sound, unexplained = residuals
-        assert len(lift_frames(base, tuned, [frame(system, forces=forces + sound)], level=GOOD)) == 1
+        assert len(lift_frames(base, [tuned], [frame(system, forces=forces + sound)], level=GOOD)) == 1
         size = np.sqrt(np.mean(forces**2))
         beyond = 0.12 * size if unexplained is None else unexplained
         assert (size > 1.4) == (unexplained is None)
         signs = np.resize([1.0, -1.0], forces.shape)
-        assert len(lift_frames(base, tuned, [frame(system, forces=forces + beyond * signs)], level=GOOD)) == 0
+        assert len(lift_frames(base, [tuned], [frame(system, forces=forces + beyond * signs)], level=GOOD)) == 0
+
+
+@pytest.mark.parametrize("system", [CLUSTER, BOX], ids=["cluster", "box"])
+def test_several_tuned_models_lift_by_their_mean(system: System) -> None:
+    base, tuned, cheap = force_field(2), [force_field(3), force_field(4)], frame(system, energy=1.0)
+    base_forces = output(base, system).forces.numpy()
+    cheap = replace(cheap, labels=replace(cheap.labels, forces=base_forces))
+    (both,) = lift_frames(base, tuned, [cheap], level=GOOD)
+    alone = [lift_frames(base, [model], [cheap], level=GOOD)[0] for model in tuned]
+    assert abs(alone[0].labels.energy - alone[1].labels.energy) > 1e-3
+    for name in ("energy", "forces", "virial", "charges", "dipole"):
+        values = [getattr(one.labels, name) for one in alone]
+        if values[0] is None:
+            assert getattr(both.labels, name) is None
+        else:
+            np.testing.assert_allclose(getattr(both.labels, name), (values[0] + values[1]) / 2.0, atol=1e-12)
 
 
 def test_absent_labels_stay_absent() -> None:
     cheap = replace(frame(CLUSTER), labels=Labels("cheap", 1.0))
-    (lifted,) = lift_frames(force_field(2), force_field(3), [cheap], level=GOOD)
+    (lifted,) = lift_frames(force_field(2), [force_field(3)], [cheap], level=GOOD)
     assert lifted.labels.forces is None and lifted.labels.charges is not None

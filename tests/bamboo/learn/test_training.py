@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch_geometric.data import Batch as Stack
 
 from bamboo import checkpoint, units
@@ -227,6 +229,13 @@ def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
             config=LoopConfig(epochs=4, edges_per_batch=60, learning_rate=1.0),
             state_path=path,
         )
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["training"])
+    del header["weights"]["molecular_forces"]  # a state from before that part of the loss was there
+    save_file(load_file(path), path, metadata={"training": json.dumps(header)})
+    config = LoopConfig(epochs=4, edges_per_batch=60, save_seconds=0.0)
+    with pytest.raises(InputError, match=r"other settings \(molecular_forces\)"):
+        Loop(force_field, samples, weights=LossWeights(), config=config, state_path=path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
         Loop(force_field, samples, weights=LossWeights(), config=LoopConfig(), state_path=path)
@@ -339,6 +348,22 @@ def test_forces_on_whole_molecules_are_compared_molecule_by_molecule() -> None:
         sample.molecular_forces += 0.3
     errors = evaluate(force_field, samples, ["neutral", "lithium", "lithium"])
     assert errors["lithium"].molecular_forces == pytest.approx(0.3) and np.isnan(errors["neutral"].molecular_forces)
+
+
+def test_molecules_are_those_that_the_frame_names() -> None:
+    """A bond stretched until it looks broken is no second molecule, also where two clusters stand far apart."""
+    system = FRAMES[1].system
+    positions = system.positions.copy()
+    positions[1] += [0.0, 3.0, 0.0]
+    named = replace(system, positions=positions, molecule=np.array([4, 4, 4, 9]))
+    frame = replace(FRAMES[1], system=named)
+    sample = make_sample(small_force_field(), frame)
+    assert sample.molecule_index.tolist() == [0, 0, 0, 1]
+    torch.testing.assert_close(sample.molecular_forces[0], sample.forces[:3].sum(0))
+    (pair,) = far_pairs([frame, replace(frame, labels=frame.labels)], 1, seed=1)
+    assert pair.system.molecule.tolist() == [0, 0, 0, 1, 2, 2, 2, 3]
+    unnamed = make_sample(small_force_field(), replace(frame, system=replace(named, molecule=None)))
+    assert len(set(unnamed.molecule_index.tolist())) == 3
 
 
 def test_predictions_that_are_not_finite_are_no_absent_labels() -> None:

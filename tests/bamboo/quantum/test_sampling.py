@@ -24,6 +24,7 @@ from bamboo.quantum.compositions import (
 )
 from bamboo.quantum.conformers import Library, build_library
 from bamboo.quantum.dataset import read_frames, round_positions
+from bamboo.quantum.probes import ester_torsion
 from bamboo.quantum.xtb import UnconvergedError, label_xtb
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import formal_bonds, pack_box, pack_cluster
@@ -143,6 +144,26 @@ def test_every_other_recipe_runs(library, monkeypatch):
     shift = periodic.frames[1].system.positions - periodic.frames[0].system.positions
     assert 0.025 < np.sqrt((shift**2).sum(axis=1).mean()) < 0.055
     assert len(distorted.frames) == 16
+
+
+def test_rotated_carbonates_keep_their_bonds_and_leave_the_wells(library, monkeypatch):
+    """Dynamics stays within 60 degrees of cis; turned at random, two thirds of the torsions lie beyond."""
+
+    def fake(system):
+        return sampling.Labels("fake", 0.0, forces=np.zeros((system.n_atoms, 3)), charges=np.zeros(system.n_atoms))
+
+    monkeypatch.setattr(sampling, "label_xtb", fake)
+    widest = []
+    for seed in range(6):
+        outcome = sampling.Outcome("rotated")
+        sampling.sample_rotated(np.random.default_rng(seed), library, outcome)
+        assert len(outcome.frames) == 8
+        for frame in outcome.frames:
+            name = next(n for n in sampling.LINEAR_CARBONATES if molecule(n).n_atoms == frame.system.n_atoms)
+            lengths = [np.linalg.norm(np.subtract(*frame.system.positions[list(b)])) for b in molecule(name).bonds]
+            assert max(lengths) < 1.65
+            widest.append(max(abs(ester_torsion(name, frame.system.positions, side=side)) for side in (0, 1)))
+    assert 0.45 < np.mean(np.array(widest) > 60.0) < 0.9
 
 
 def test_isolated_ions_carry_their_formal_charge(library):
