@@ -58,12 +58,14 @@ def test_merge_select_and_lift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Only 4 of 9" in invoke("select", "cheap.h5", "--output", "few.h5", "--count", "9")[1]
 
     base, tuned = model(Path("base.st"), levels=["cheap"]), model(Path("tuned.st"), levels=["good", "good; lifted"])
-    code, said = invoke("lift", str(base), str(tuned), "cheap.h5", "--output", "lifted.h5")
+    code, said = invoke("lift", str(base), "cheap.h5", "--tuned", str(tuned), "--output", "lifted.h5")
     assert code == 0 and "4/4 frames" in said, said
     labels = [frame.labels for frame in read_frames("lifted.h5")]
     assert [label.level for label in labels] == ["good; lifted"] * 4
     assert [label.energy for label in labels] == pytest.approx([-1.0] * 4)  # both models are the same
     both = model(Path("both.st"), levels=["good", "cheap"])
-    assert "names 2 levels of theory" in invoke("lift", str(base), str(both), "cheap.h5", "--output", "x.h5")[1]
-    code, said = invoke("lift", str(base), str(tuned), "missing.h5", "--output", "x.h5")
+    assert (
+        "name 2 levels of theory" in invoke("lift", str(base), "cheap.h5", "--tuned", str(both), "--output", "x.h5")[1]
+    )
+    code, said = invoke("lift", str(base), "missing.h5", "--tuned", str(tuned), "--output", "x.h5")
     assert code == 2 and "no such file" in said
