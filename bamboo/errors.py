@@ -17,6 +17,10 @@ class InputError(BambooError):
     """Something the user gave is wrong: a file, a key, a value, a structure."""
 
 
+class LockedError(InputError):
+    """Another process works in a folder."""
+
+
 class ModelFileError(InputError):
     """A model file is damaged, foreign, or of a newer format."""
 

@@ -6,9 +6,11 @@ pressure shifts by P_exp - P_sim, less what is noise (``wanted_shift``, ``bamboo
 every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids that only test
 are simulated with the first and the last model.
 
-All work lies in a folder named after the output: the same command again continues.
+All work lies in a folder named after the output: the same command again continues, and started more than once at the
+same time its processes share the work.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +34,7 @@ from md.align_report import density_figure, mean_absolute_error, measurement_tab
 from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
 from md.config import Molecules, folder_name
 from md.experiment import Measurement, load_measurements, problems
-from md.liquid import Box, Stage, accept_settings, frames, locked, nvt, simulate, stored, write_json
+from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate, write_json
 from md.model import file_sha256
 from md.quantities import Compressibility, Density, Duration
 from md.trajectory import ThermoSeries
@@ -151,54 +153,60 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=FREE)
     settings["model_sha256"] = file_sha256(source)
     settings["rows"] = [[row.name, row.pressure, row.density] for row in config.aligned_rows()]
-    with locked(work):
-        accept_settings(work, settings)
-        quantum = load_frames(config.data, max_force=20.0, say=say)
-        history: list[list[dict[str, Any]]] = []
-        model = source
-        for number in range(config.rounds + 1):
-            folder = work / f"round-{number:02d}"
-            rows = measure_all(
-                model, config.aligned_rows(), folder, config=config, seed=config.seed + 1000 * number, say=say
-            )
-            history.append(rows)
-            say(f"round {number}, {model.name}\n{measurement_table(rows)}")
-            if all(abs(row["density_error"]) * units.GRAM_PER_CM3 <= config.tolerance for row in rows):
-                break
-            if number == config.rounds:
-                raise ConvergenceError(_failure(config, history))
-            shifts = [wanted_shift(row, *(before[k] for before in history[-2:-1])) for k, row in enumerate(rows)]
-            model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
-        tests = {
-            moment: measure_all(
-                file,
-                config.test_rows(),
-                work / f"test-{file_sha256(file)[:12]}",  # of another model nothing is taken over
-                config=config,
-                seed=config.seed + 500,
-                say=say,
-            )
-            for moment, file in (("before", source), ("after", model))
-        }
-        return _finish(config, source, model, history=history, tests=tests, quantum=quantum, say=say)
+    accept_settings(work, settings)
+    quantum = load_frames(config.data, max_force=20.0, say=say)
+    history: list[list[dict[str, Any]]] = []
+    model = source
+    for number in range(config.rounds + 1):
+        folder = work / f"round-{number:02d}"
+        rows = measure_all(
+            model, config.aligned_rows(), folder, config=config, seed=config.seed + 1000 * number, say=say
+        )
+        history.append(rows)
+        say(f"round {number}, {model.name}\n{measurement_table(rows)}")
+        if all(abs(row["density_error"]) * units.GRAM_PER_CM3 <= config.tolerance for row in rows):
+            break
+        if number == config.rounds:
+            raise ConvergenceError(_failure(config, history))
+        shifts = [wanted_shift(row, *(before[k] for before in history[-2:-1])) for k, row in enumerate(rows)]
+        model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
+    tests = {
+        moment: measure_all(
+            file,
+            config.test_rows(),
+            work / f"test-{file_sha256(file)[:12]}",  # of another model nothing is taken over
+            config=config,
+            seed=config.seed + 500,
+            say=say,
+        )
+        for moment, file in (("before", source), ("after", model))
+    }
+    return _report(config, source, model, history=history, tests=tests, quantum=quantum, say=say)
 
 
 def measure_all(
     model: Path, rows: Sequence[Measurement], place: Path, *, config: AlignConfig, seed: int, say: Say
 ) -> list[dict[str, Any]]:
-    """Simulate liquids one after the other, each in a folder of its name; say results and the time left."""
-    folders = [place / box_name(k, row.name) for k, row in enumerate(rows)]
-    begun, n_done, results = time.monotonic(), 0, list[dict[str, Any]]()
-    for k, (row, folder) in enumerate(zip(rows, folders, strict=True)):
-        n_done += not (folder / MEASURED).exists()
-        results.append(measure(model, row, folder, config=config, seed=seed + k))
-        n_open = sum(not (other / MEASURED).exists() for other in folders)
-        left = (time.monotonic() - begun) / max(n_done, 1) * n_open / 60.0
+    """Simulate liquids, each in a folder of its name; say results and the time left."""
+    places = [place / box_name(k, row.name) / MEASURED for k, row in enumerate(rows)]
+    begun, n_open = time.monotonic(), sum(not known.exists() for known in places)
+
+    def compute(k: int) -> None:
+        found = measure(model, rows[k], places[k].parent, config=config, seed=seed + k)
+        write_json(places[k], found)
+        _refuse_broken(found)
+        still = sum(not known.exists() for known in places)
+        left = (time.monotonic() - begun) / max(n_open - still, 1) * still / 60.0
         say(
-            f"{place.name}, {k + 1} of {len(rows)}: {row.name}, {results[-1]['pressure_bar']:.0f} ± "
-            f"{results[-1]['pressure_stderr_bar']:.0f} bar at the measured density"
-            + (f"; {left:.0f} min left of these" if n_done and left >= 0.5 else "")
+            f"{place.name}, {len(rows) - still} of {len(rows)}: {rows[k].name}, {found['pressure_bar']:.0f} ± "
+            f"{found['pressure_stderr_bar']:.0f} bar at the measured density"
+            + (f"; {left:.0f} min left of these" if left >= 0.5 else "")
         )
+
+    share(places, compute)
+    results = [json.loads(known.read_text()) for known in places]
+    for result in results:  # of an earlier call too
+        _refuse_broken(result)
     return results
 
 
@@ -208,51 +216,45 @@ def box_name(number: int, name: str) -> str:
 
 
 def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
-    """Simulate one liquid at its measured density; return pressure and density error, computed once and then stored.
+    """Simulate one liquid at its measured density; return pressure and density error."""
+    evaluator = Evaluator(checkpoint.load(model))
+    box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
+    target_bar = row.pressure / units.BAR
+    stages = [nvt("equilibrate", config.equilibrate)]
+    frame_ps = SHARES[0] * config.time / units.PICOSECOND / config.frames
+    for part in SHARES:  # the same stage, made longer
+        sample = Stage("sample", part * config.time / units.PICOSECOND, frame_ps=frame_ps)
+        simulate(box, [*stages, sample], evaluator, folder)
+        series = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5")
+        known = series.time_ps < sample.time_ps * (1.0 + 1.0e-9)  # a run that was stopped may be longer already
+        tensor = series.pressure[known]
+        pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
+        excess_bar = pressure.value - target_bar
+        if not drifts and pressure.is_converged and pressure.stderr < SURE * abs(excess_bar):
+            break
+    kappa, density = config.compressibility * units.BAR, row.density_g_cm3
+    low, middle, high = (density_error(density, kappa * (excess_bar + k * pressure.stderr)) for k in (-1.0, 0.0, 1.0))
+    return {
+        "name": row.name,
+        "density_measured": row.density_g_cm3,
+        "pressure_bar": pressure.value,
+        "pressure_stderr_bar": pressure.stderr,
+        "excess_bar": excess_bar,
+        "density_error": middle,
+        "density_stderr": (low - high) / 2.0,
+        "how": f"estimated with kappa = {config.compressibility * 1e9 * units.PASCAL:g} 1/GPa",
+        "drifts": drifts,
+    }
 
-    Raises InputError where the density error is so large that the measured density or the model is broken.
-    """
 
-    def compute() -> dict[str, Any]:
-        evaluator = Evaluator(checkpoint.load(model))
-        box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
-        target_bar = row.pressure / units.BAR
-        stages = [nvt("equilibrate", config.equilibrate)]
-        frame_ps = SHARES[0] * config.time / units.PICOSECOND / config.frames
-        for share in SHARES:  # the same stage, made longer
-            sample = Stage("sample", share * config.time / units.PICOSECOND, frame_ps=frame_ps)
-            simulate(box, [*stages, sample], evaluator, folder)
-            series = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5")
-            known = series.time_ps < sample.time_ps * (1.0 + 1.0e-9)  # a run that was stopped may be longer already
-            tensor = series.pressure[known]
-            pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
-            excess_bar = pressure.value - target_bar
-            if not drifts and pressure.is_converged and pressure.stderr < SURE * abs(excess_bar):
-                break
-        kappa, density = config.compressibility * units.BAR, row.density_g_cm3
-        low, middle, high = (
-            density_error(density, kappa * (excess_bar + k * pressure.stderr)) for k in (-1.0, 0.0, 1.0)
-        )
-        return {
-            "name": row.name,
-            "density_measured": row.density_g_cm3,
-            "pressure_bar": pressure.value,
-            "pressure_stderr_bar": pressure.stderr,
-            "excess_bar": excess_bar,
-            "density_error": middle,
-            "density_stderr": (low - high) / 2.0,
-            "how": f"estimated with kappa = {config.compressibility * 1e9 * units.PASCAL:g} 1/GPa",
-            "drifts": drifts,
-        }
-
-    result = stored(folder / MEASURED, compute)
-    if abs(result["density_error"]) > BROKEN * row.density_g_cm3:
+def _refuse_broken(result: Mapping[str, Any]) -> None:
+    """Raise InputError where a density error is so large that the measured density or the model is broken."""
+    if abs(result["density_error"]) > BROKEN * result["density_measured"]:
         raise InputError(
-            f"{row.name}: the model's pressure at the measured {row.density_g_cm3:.4g} g/cm3 is "
+            f"{result['name']}: the model's pressure at the measured {result['density_measured']:.4g} g/cm3 is "
             f"{result['pressure_bar']:.0f} bar, a density error of {result['density_error']:+.2f} g/cm3. Alignment "
             "mends a few percent: either the measured density is wrong, or the model is broken for this liquid."
         )
-    return result
 
 
 def wanted_shift(row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> float:
@@ -296,32 +298,35 @@ def _corrected(
 ) -> Path:
     """Fine-tune the model on the frames of a round, to shifts in bar, and return the new model file."""
     path = folder / "corrected.safetensors"
-    if path.exists():
-        return path
-    liquids = [
-        Liquid(_spread_out(frames(folder / box_name(k, row["name"]), "sample"), config.frames), shift * units.BAR)
-        for k, (row, shift) in enumerate(zip(rows, shifts, strict=True))
-    ]
-    force_field = checkpoint.load(model)
-    before = [molecular_pressure(force_field, liquid.systems).mean() for liquid in liquids]
-    corrected = shift_pressures(
-        force_field,
-        liquids,
-        clusters=[frame.system for frame in anchors(quantum, config.clusters, seed=config.seed)],
-        trained=config.trained,
-        weights=LossWeights(**config.weights.model_dump()),
-        config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
-        state_path=folder / "state.safetensors",
-        listener=lambda progress: say(
-            f"  correction, epoch {progress.epoch:.1f} of {config.loop.epochs}; {progress.seconds_left / 60:.0f} min"
-        ),
-    )
-    for row, shift, liquid, old in zip(rows, shifts, liquids, before, strict=True):
-        gained = molecular_pressure(corrected, liquid.systems).mean() - old
-        say(f"  {row['name']}: asked {shift:+.0f} bar, on its frames {gained / units.BAR:+.0f} bar")
-    draft = path.with_suffix(".part")
-    checkpoint.save(corrected, draft, card=checkpoint.describe(model)["card"])
-    draft.rename(path)
+
+    def compute(_: int) -> None:
+        liquids = [
+            Liquid(_spread_out(frames(folder / box_name(k, row["name"]), "sample"), config.frames), shift * units.BAR)
+            for k, (row, shift) in enumerate(zip(rows, shifts, strict=True))
+        ]
+        force_field = checkpoint.load(model)
+        before = [molecular_pressure(force_field, liquid.systems).mean() for liquid in liquids]
+        corrected = shift_pressures(
+            force_field,
+            liquids,
+            clusters=[frame.system for frame in anchors(quantum, config.clusters, seed=config.seed)],
+            trained=config.trained,
+            weights=LossWeights(**config.weights.model_dump()),
+            config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
+            state_path=folder / "state.safetensors",
+            listener=lambda progress: say(
+                f"  correction, epoch {progress.epoch:.1f} of {config.loop.epochs}; "
+                f"{progress.seconds_left / 60:.0f} min"
+            ),
+        )
+        for row, shift, liquid, old in zip(rows, shifts, liquids, before, strict=True):
+            gained = molecular_pressure(corrected, liquid.systems).mean() - old
+            say(f"  {row['name']}: asked {shift:+.0f} bar, on its frames {gained / units.BAR:+.0f} bar")
+        draft = path.with_suffix(".part")
+        checkpoint.save(corrected, draft, card=checkpoint.describe(model)["card"])
+        draft.rename(path)
+
+    share([path], compute)
     return path
 
 
@@ -348,7 +353,7 @@ def _failure(config: AlignConfig, history: Sequence[Sequence[dict[str, Any]]]) -
     )
 
 
-def _finish(
+def _report(
     config: AlignConfig,
     source: Path,
     model: Path,
@@ -358,7 +363,7 @@ def _finish(
     quantum: Sequence[Frame],
     say: Say,
 ) -> dict[str, Any]:
-    """Write the aligned model with its card, the report and its figure."""
+    """Write the aligned model with its card, figure and report, and return the report."""
     force_field = checkpoint.load(model)
     errors: dict[str, dict[str, Errors]] = {
         "before": held_out_errors(checkpoint.load(source), quantum),
@@ -387,11 +392,11 @@ def _finish(
     card |= {name: text for name in ("description", "caveat") if (text := getattr(config, name))}
     checkpoint.save(force_field, config.output, card=card)
     work = config.output.with_suffix("")
-    write_json(work / "report.json", report)
     density_figure(report).savefig(work / "densities.png", dpi=150)
     for moment in ("before", "after"):
         if tests[moment]:
             say(f"held-out liquids {moment}\n{measurement_table(tests[moment])}")
         say(f"errors to quantum labels {moment}\n{error_table(errors[moment])}")
+    write_json(work / "report.json", report)
     say(f"wrote {config.output}")
     return report

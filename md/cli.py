@@ -204,6 +204,18 @@ def align(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML fi
     run_alignment(load_align_config(config), say=_say)
 
 
+@app.command()
+@reported
+def spread(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of models and liquids.")],
+) -> None:
+    """Measure how far models that should agree are apart in liquids; run again, or twice at once, to continue."""
+    from md.spread import load_spread_config
+    from md.spread import spread as run_spread
+
+    run_spread(load_spread_config(config), say=_say)
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 

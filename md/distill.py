@@ -4,9 +4,14 @@ Every teacher drives one box of every electrolyte (NPT, then NVT whose frames ar
 (``bamboo/learn/ensemble.py``), and a student that starts from one of them is trained on the mean together with quantum
 data, through the same training as any other model. The boxes of the last teacher are held out.
 
-All work lies in a folder named after the output: the same command again continues.
+With ``leave_one_out`` there is a student more for each teacher, taught by all others: how far these are apart, against
+how far the teachers are (``bamboo-md spread``), tells what distillation is worth.
+
+All work lies in a folder named after the output: the same command again continues, and started more than once at the
+same time its processes share the work.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,13 +38,14 @@ from bamboo.learn.fit import (
 from bamboo.quantum.dataset import Frame, merge_files, trajectory_in, write_frames
 from md.composition import parse_composition
 from md.config import Molecules
-from md.liquid import Box, Stage, accept_settings, frames, locked, nvt, simulate, stored, write_json
+from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate, write_json
 from md.model import file_sha256
 from md.quantities import Duration, Pressure, Temperature, validator
 from md.yaml_model import Problem, load_yaml
 
 Say = Callable[[str], None]
 LONGEST_NAME = 72  # bytes; the split is added to it
+TAUGHT = {"start", "clusters", "weights", "loop", "trained"}  # settings of students, of no simulation
 VALIDATION = 0.15  # share of each box, at its end, that chooses the best weights
 
 
@@ -63,6 +69,7 @@ class DistillConfig(BaseModel):
     electrolytes, atoms, npt, nvt, frames   what every teacher simulates, and how many frames of each box are kept
     output     model file to write; the folder of the same name without ending takes everything else
     trained    "energy_head" or "all" weights of the student
+    leave_one_out   train a student <output>-without-<teacher> for each teacher as well
     weights, loop   of the student's training
     """
 
@@ -83,7 +90,17 @@ class DistillConfig(BaseModel):
     trained: Literal["energy_head", "all"] = "energy_head"
     weights: WeightsBlock = WeightsBlock()
     loop: LoopBlock = LoopBlock(epochs=20, edges_per_batch=20_000, learning_rate=1.0e-3, weight_decay=0.0)
+    leave_one_out: bool = False
     seed: Annotated[int, Field(ge=0, le=10**6)] = 1
+
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Return the teachers of each student; "" is the one that all teach, -without-NAME those of all but one.
+
+        The student begins as the first of its teachers, and the boxes of the last are held out from it.
+        """
+        names = tuple(path.stem for path in self.teachers)
+        others = {f"-without-{name}": names[k + 1 :] + names[:k] for k, name in enumerate(names)}
+        return {"": names} | (others if self.leave_one_out else {})
 
 
 def load_distill_config(path: Path) -> DistillConfig:
@@ -117,81 +134,90 @@ def distill(config: DistillConfig, *, say: Say = print) -> dict[str, Any]:
     A teacher whose box does not stay sound is no error: its frames up to there are what the student must see.
     """
     work = config.output.with_suffix("")
-    with locked(work):
-        train_missing(config, say=say)
-        settings = config.model_dump(mode="json", exclude={"output", "train", "loop", "weights", "trained"})
-        accept_settings(work, settings | {"sha256": [file_sha256(path) for path in config.teachers]})
-        quantum = load_frames(config.data, max_force=20.0, say=say)
-        runs = collect(config, quantum, work, say=say)
-        known = {"teachers": ", ".join(map(str, config.teachers))}
-        bulk = merge_files([work / f"{run}.h5" for run in runs], work / "bulk.h5", provenance=known)
-        merge_files([work / f"{run}-spread.h5" for run in runs], work / "bulk-spread.h5", provenance=known)
-        chosen = _write_quantum(config, quantum, work)
-        start = checkpoint.load(config.start or config.teachers[0])
-        before = held_out_errors(start, [*bulk, *chosen])
-        after = train(_student(config, work), say=say)
-        report = _report(config, runs, before=before, after=after)
-        write_json(work / "report.json", report)
-        for moment, errors in (("start", before), ("student", after)):
-            say(f"held-out errors, {moment} (bulk: to the mean of the teachers)\n{error_table(errors)}")
-        say(spread_table(runs))
+    train_missing(config, say=say)
+    settings = config.model_dump(mode="json", exclude={"output", "train", *TAUGHT})
+    accept_settings(work, settings | {"sha256": [file_sha256(path) for path in config.teachers]})
+    quantum = load_frames(config.data, max_force=20.0, say=say)
+    runs = collect(config, quantum, work, say=say)
+    for name in config.classes():
+        accept_settings(work / f"student{name}", config.model_dump(mode="json", include=TAUGHT))
+    places = [work / f"student{name}" / "errors.json" for name in config.classes()]
+
+    def compute(k: int) -> None:
+        write_json(places[k], _teach(config, list(config.classes())[k], runs, quantum, work, say=say))
+
+    share(places, compute)
+    errors = {
+        f"student{name}": json.loads(place.read_text()) for name, place in zip(config.classes(), places, strict=True)
+    }
+    report = {
+        "teachers": {str(path): file_sha256(path) for path in config.teachers},
+        "runs": runs,
+        "guard_trips": sum(bool(known["stopped"]) for known in runs.values()),
+        "students": errors,
+        "units": "eV, Å, e; pressures eV/Å^3 unless named otherwise; bulk: errors to the mean of the teachers",
+    }
+    write_json(work / "report.json", report)
+    say(spread_table(runs))
     return report
 
 
 def train_missing(config: DistillConfig, *, say: Say) -> None:
     """Train the teachers whose files do not exist, each with its own seed; an interrupted training continues."""
-    for index, path in enumerate(config.teachers):
-        if path.exists() or config.train is None:
-            continue
-        recipe = load_yaml(config.train, TrainConfig)
-        say(f"teacher {path.stem}: training with seed {recipe.seed + index}")
-        train(recipe.model_copy(update={"output": path, "seed": recipe.seed + index}), say=say)
+    if config.train is None:
+        return  # all exist, or the configuration is refused
+    recipe = load_yaml(config.train, TrainConfig)
+
+    def compute(k: int) -> None:
+        path, seed = config.teachers[k], recipe.seed + k
+        say(f"teacher {path.stem}: training with seed {seed}")
+        train(recipe.model_copy(update={"output": path, "seed": seed}), say=say)
+
+    share(config.teachers, compute)
 
 
 def collect(config: DistillConfig, quantum: Sequence[Frame], work: Path, *, say: Say) -> dict[str, dict[str, Any]]:
     """Simulate every electrolyte with every teacher and label the frames with all; return what is known of each run.
 
-    A finished run has the files <run>.h5 (mean labels), <run>-spread.h5 and <run>.json.
+    A run has a folder with its simulation, result.json, and for each student of its teacher labels.h5 and spread.h5.
     """
     models = {path.stem: checkpoint.load(path) for path in config.teachers}
-    some = np.random.default_rng(config.seed).permutation(len(quantum))[:N_REFERENCE_FRAMES]
     names = [
         (f"liquid-{number:02d}-{teacher}", number, teacher)
         for number in range(len(config.electrolytes))
         for teacher in models
     ]
-    if not all((work / f"{run}.json").exists() for run, _, _ in names):
+    places = [work / run / "result.json" for run, _, _ in names]
+    if not all(place.exists() for place in places):
+        some = np.random.default_rng(config.seed).permutation(len(quantum))[:N_REFERENCE_FRAMES]
         put_on_one_zero(list(models.values()), [quantum[index] for index in some])
     evaluators = {name: Evaluator(force_field) for name, force_field in models.items()}
-    runs: dict[str, dict[str, Any]] = {}
-    for index, (run, number, teacher) in enumerate(names):
+
+    def compute(k: int) -> None:
+        run, number, teacher = names[k]
         liquid = config.electrolytes[number]
-
-        def compute(run: str = run, liquid: Electrolyte = liquid, teacher: str = teacher, index: int = index) -> Any:
-            return _one_run(config, liquid, run, work, evaluators, driver=teacher, seed=config.seed + index)
-
-        runs[run] = stored(work / f"{run}.json", compute)
-        known = runs[run]
+        known = _one_run(config, liquid, places[k].parent, evaluators, driver=teacher, seed=config.seed + k)
+        write_json(places[k], known)
         say(
             f"{run}: {liquid.electrolyte}, {liquid.temperature:g} K, {known['frames']} frames, force spread "
             f"{known['forces'] / units.KCAL_PER_MOL:.2f} kcal/mol/Å"
             + (f"; {known['stopped']}" if known["stopped"] else "")
         )
-    return runs
+
+    share(places, compute)
+    return {run: json.loads(place.read_text()) for (run, _, _), place in zip(names, places, strict=True)}
 
 
 def _one_run(
     config: DistillConfig,
     liquid: Electrolyte,
-    run: str,
-    work: Path,
+    folder: Path,
     evaluators: Mapping[str, Evaluator],
     *,
     driver: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Simulate one liquid with one teacher, label its frames with all of them, write both files."""
-    folder = work / "runs" / run
+    """Simulate one liquid with one teacher, label its frames with the teachers of every student, write the files."""
     box = Box(liquid.electrolyte, liquid.temperature, config.atoms, seed)
     stages = [
         Stage("npt", config.npt / units.PICOSECOND, pressure_bar=liquid.pressure / units.BAR),
@@ -205,76 +231,91 @@ def _one_run(
     systems = frames(folder, "nvt") if (folder / "nvt" / "traj.h5").exists() else []
     if not systems:
         raise InputError(
-            f"{run} ({liquid.electrolyte}): {driver} gave no frame: {stopped} Train this teacher better, or replace it."
+            f"{folder.name} ({liquid.electrolyte}): {driver} gave no frame: {stopped} Train this teacher better, or "
+            "replace it."
         )
-    held_out = driver == list(evaluators)[-1]
-    n_validation = 0 if held_out else max(1, round(VALIDATION * len(systems)))
-    splits = ["test" if held_out else "train"] * (len(systems) - n_validation) + ["validation"] * n_validation
     mixture = f"{liquid.electrolyte}, {liquid.temperature:g} K, {driver}"
-    mixture = mixture if len(mixture.encode()) <= LONGEST_NAME else run
-    trajectories = [trajectory_in(split, run=mixture) for split in splits]
-    labels = ensemble_labels(evaluators, systems, trajectories=trajectories, temperature_K=liquid.temperature)
-    provenance = {"electrolyte": liquid.electrolyte, "teachers": ", ".join(map(str, config.teachers)), "driver": driver}
-    write_frames(work / f"{run}-spread.h5", labels.spread, provenance=provenance)
-    write_frames(work / f"{run}.h5", labels.mean, provenance=provenance)
+    mixture = mixture if len(mixture.encode()) <= LONGEST_NAME else folder.name
+    spread: dict[str, Any] = {}
+    for student, names in config.classes().items():
+        if driver not in names:
+            continue
+        n_validation = 0 if driver == names[-1] else max(1, round(VALIDATION * len(systems)))
+        splits = ["test" if driver == names[-1] else "train"] * (len(systems) - n_validation)
+        trajectories = [trajectory_in(split, run=mixture) for split in [*splits, *["validation"] * n_validation]]
+        labels = ensemble_labels(
+            {name: evaluators[name] for name in names},
+            systems,
+            trajectories=trajectories,
+            temperature_K=liquid.temperature,
+        )
+        provenance = {"electrolyte": liquid.electrolyte, "teachers": ", ".join(names), "driver": driver}
+        write_frames(folder / f"spread{student}.h5", labels.spread, provenance=provenance)
+        write_frames(folder / f"labels{student}.h5", labels.mean, provenance=provenance)
+        if not student:
+            by_teacher = dict(zip(names, (labels.pressure.mean(axis=0) / units.BAR).tolist(), strict=True))
+            spread = {"pressure_by_teacher_bar": by_teacher, **rms_spread(labels)}
     return {
         "electrolyte": liquid.electrolyte,
         "temperature_K": liquid.temperature,
         "driver": driver,
         "frames": len(systems),
         "stopped": stopped,
-        "pressure_by_teacher_bar": dict(
-            zip(evaluators, (labels.pressure.mean(axis=0) / units.BAR).tolist(), strict=True)
-        ),
-        **rms_spread(labels),
+        **spread,
     }
 
 
-def _write_quantum(config: DistillConfig, quantum: Sequence[Frame], work: Path) -> list[Frame]:
-    """Write the quantum frames of the student's training: ``clusters`` of the training part, all that is held out."""
-    training = [frame for frame in quantum if frame.split == "train"]
-    order = np.random.default_rng(config.seed).permutation(len(training))[: config.clusters]
-    chosen = [training[index] for index in order] + [frame for frame in quantum if frame.split != "train"]
-    write_frames(work / "quantum.h5", chosen)
-    return chosen
-
-
-def _student(config: DistillConfig, work: Path) -> TrainConfig:
+def _teach(
+    config: DistillConfig,
+    student: str,
+    runs: Mapping[str, dict[str, Any]],
+    quantum: Sequence[Frame],
+    work: Path,
+    *,
+    say: Say,
+) -> dict[str, Any]:
+    """Train one student on the mean of its teachers and on quantum data; return its errors before and after."""
+    names, folder = config.classes()[student], work / f"student{student}"
+    taught_by = {"teachers": ", ".join(names)}
+    own = [run for run, known in runs.items() if known["driver"] in names]
+    bulk = merge_files([work / run / f"labels{student}.h5" for run in own], folder / "bulk.h5", provenance=taught_by)
+    merge_files([work / run / f"spread{student}.h5" for run in own], folder / "bulk-spread.h5", provenance=taught_by)
+    chosen = _write_quantum(config, quantum, folder)
+    files = {path.stem: path for path in config.teachers}
     liquids = ", ".join(liquid.electrolyte for liquid in config.electrolytes)
-    return TrainConfig(
-        data=[work / "bulk.h5", work / "quantum.h5"],
-        output=config.output,
-        start=str(config.start or config.teachers[0]),
+    start = str((config.start if not student else None) or files[names[0]])
+    before = held_out_errors(checkpoint.load(start), [*bulk, *chosen])
+    recipe = TrainConfig(
+        data=[folder / "bulk.h5", folder / "quantum.h5"],
+        output=config.output.with_stem(config.output.stem + student),
+        start=start,
         weights=config.weights,
         loop=config.loop,
         trained=config.trained,
-        seed=config.seed,
+        seed=config.seed + list(config.classes()).index(student),
         far_pairs=0.03 if config.trained == "all" else 0.0,
-        description=f"student of {len(config.teachers)} teachers in {liquids}",
+        description=f"student of {taught_by['teachers']} in {liquids}",
     )
+    after = train(recipe, say=say)
+    for moment, errors in (("start", before), (recipe.output.stem, after)):
+        say(f"held-out errors, {moment} (bulk: to the mean of the teachers)\n{error_table(errors)}")
+    return {"start": start, "held_out_before": _numbers(before), "held_out_after": _numbers(after)}
 
 
-def _report(
-    config: DistillConfig,
-    runs: Mapping[str, dict[str, Any]],
-    *,
-    before: Mapping[str, Errors],
-    after: Mapping[str, Errors],
-) -> dict[str, Any]:
-    def numbers(errors: Mapping[str, Errors]) -> dict[str, dict[str, float]]:
-        names = ("forces", "energy_per_atom", "pressure_mean", "pressure", "charges")
-        return {
-            group: {name: value for name in names if not math.isnan(value := getattr(part, name))}
-            for group, part in errors.items()
-        }
+def _write_quantum(config: DistillConfig, quantum: Sequence[Frame], folder: Path) -> list[Frame]:
+    """Write the quantum frames of a student's training: ``clusters`` of the training part, all that is held out."""
+    training = [frame for frame in quantum if frame.split == "train"]
+    order = np.random.default_rng(config.seed).permutation(len(training))[: config.clusters]
+    chosen = [training[index] for index in order] + [frame for frame in quantum if frame.split != "train"]
+    write_frames(folder / "quantum.h5", chosen)
+    return chosen
 
+
+def _numbers(errors: Mapping[str, Errors]) -> dict[str, dict[str, float]]:
+    names = ("forces", "energy_per_atom", "pressure_mean", "pressure", "charges")
     return {
-        "teachers": {str(path): file_sha256(path) for path in config.teachers},
-        "runs": dict(runs),
-        "guard_trips": sum(bool(known["stopped"]) for known in runs.values()),
-        "held_out_before": numbers(before),
-        "held_out_after": numbers(after),
-        "units": "eV, Å, e; pressures eV/Å^3 unless named otherwise; bulk: errors to the mean of the teachers",
+        group: {name: value for name in names if not math.isnan(value := getattr(part, name))}
+        for group, part in errors.items()
     }
 
 

@@ -6,8 +6,9 @@ again continues exactly where the run was stopped, and returns at once where it 
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from bamboo.elements import ATOMIC_MASSES
-from bamboo.errors import InputError
+from bamboo.errors import InputError, LockedError
 from bamboo.structure.packing import bond_graph, pack_box
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
@@ -34,7 +35,7 @@ from md.engine.state import Evaluator, MDState
 from md.harvest import PACKING_SCALE, squeeze
 from md.model import device_of
 from md.recording import FrameRecorder, Portion, ThermoRecorder, build_topology
-from md.run_folder import RunFolder, flatten
+from md.run_folder import flatten, held
 from md.topology import Ensemble
 from md.trajectory import Trajectory
 
@@ -212,11 +213,22 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(draft, path)
 
 
-def stored(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the content of a JSON file, computing and writing it first where it is absent."""
-    if not path.exists():
-        write_json(path, compute())
-    return dict(json.loads(path.read_text()))
+def share(places: Sequence[Path], compute: Callable[[int], None]) -> None:
+    """Call ``compute(k)``, which writes ``places[k]``, for every file that is absent; return when all are there.
+
+    Each is locked meanwhile: several processes that are called alike share the work, and what one leaves that ends
+    early is taken over by another.
+    """
+    while missing := [k for k, place in enumerate(places) if not place.exists()]:
+        waiting = True
+        for k in missing:
+            lock = places[k].with_name(f".{places[k].name}.lock")
+            with suppress(LockedError), held(lock, what=str(places[k])):
+                waiting = False
+                if not places[k].exists():
+                    compute(k)
+        if waiting:
+            time.sleep(1.0)
 
 
 def _start(box: Box, folder: Path) -> tuple[System, dict[str, int]]:
@@ -271,8 +283,3 @@ def _ensemble(stage: Stage) -> Ensemble:
     return Ensemble(
         "npt", thermostat="svr", barostat="c-rescale", thermostat_time_ps=tau, pressure_bar=stage.pressure_bar
     )
-
-
-def locked(folder: Path) -> Any:
-    """Return the lock of a working folder, a context manager."""
-    return RunFolder(folder).locked()

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bamboo.errors import InputError
+from bamboo.errors import InputError, LockedError
 from md.config import RunConfig, dump_config, load_config
 
 RECORDED_VERSIONS = ("bamboo-md", "torch", "numpy", "ase", "h5py", "torch-pme", "vesin", "packmol", "stacie")
@@ -55,24 +55,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out; the lock vanishes with this process, however it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as file:
-            for patience in (0.05, 0.1, 0.0):  # s: `status` looks at the lock by holding it for an instant
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if patience:
-                        time.sleep(patience)
-            else:
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                raise InputError(
-                    f"{self.path}: another run (process {owner}) works in this folder. Wait for it or choose another."
-                )
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with held(self.path / ".lock", what=f"{self.path}"):
             yield
 
     def read_config(self) -> RunConfig:
@@ -161,6 +144,30 @@ def _write(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
+
+
+@contextmanager
+def held(path: Path, *, what: str) -> Iterator[None]:
+    """Hold a lock file; raises LockedError where another process does. It is free when this process ends, however."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        for patience in (0.05, 0.1, 0.0):  # s: `status` looks at the lock by holding it for an instant
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience:
+                    time.sleep(patience)
+        else:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise LockedError(
+                f"{what}: another run (process {owner}) works in this folder. Wait for it or choose another."
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def is_locked(folder: Path) -> bool:

@@ -64,8 +64,8 @@ def test_student_learns_the_mean_and_a_second_call_repeats_nothing(
 ) -> None:
     said: list[str] = []
     report = distill(load_distill_config(toy), say=said.append)
-    bulk = read_frames(tmp_path / "student" / "bulk.h5")
-    spread = read_frames(tmp_path / "student" / "bulk-spread.h5")
+    bulk = read_frames(tmp_path / "student" / "student" / "bulk.h5")
+    spread = read_frames(tmp_path / "student" / "student" / "bulk-spread.h5")
     assert len(bulk) == len(spread) == 24
     assert all(frame.trajectory.startswith("argon, 340 K, t") for frame in bulk)  # frames carry their mixture's name
     assert {frame.split for frame in bulk if ", t2, " in frame.trajectory} == {"test"}
@@ -78,20 +78,39 @@ def test_student_learns_the_mean_and_a_second_call_repeats_nothing(
     assert bulk[0].labels.forces == pytest.approx(forces.mean(0), abs=1e-5)
     assert spread[0].labels.forces == pytest.approx(forces.std(0, ddof=1), abs=1e-5)
 
-    before, after = report["held_out_before"]["bulk"], report["held_out_after"]["bulk"]
+    student = report["students"]["student"]
+    before, after = student["held_out_before"]["bulk"], student["held_out_after"]["bulk"]
     assert after["forces"] < 0.7 * before["forces"]
     assert after["pressure"] < before["pressure"]
     student_began_as = held_out_errors(checkpoint.load(tmp_path / "t0.safetensors"), bulk)["bulk"]
     assert before["forces"] == pytest.approx(student_began_as.forces, rel=1e-6)
-    assert {"bulk", "neutral"} <= set(report["held_out_after"]) and report["guard_trips"] == 0
+    assert {"bulk", "neutral"} <= set(student["held_out_after"]) and report["guard_trips"] == 0
     assert any("teacher t2: training with seed 9" in line for line in said)
     assert "spread of the teachers" in said[-1]
 
     monkeypatch.setattr(md.distill, "simulate", lambda *_: pytest.fail("simulated again"))
     monkeypatch.setattr(md.distill, "train_missing", lambda *_, **__: None)
-    assert distill(load_distill_config(toy), say=said.append)["held_out_after"] == report["held_out_after"]
+    assert distill(load_distill_config(toy), say=said.append) == report
     with pytest.raises(InputError, match=r"begun with other settings \(frames\)"):
         distill(load_distill_config(toy).model_copy(update={"frames": 9}), say=said.append)
+
+
+def test_without_one_teacher_each_students_learn_from_the_others_only(toy: Path, tmp_path: Path) -> None:
+    text = toy.read_text().replace("epochs: 30", "epochs: 1")
+    toy.write_text(text + "leave_one_out: true\n")
+    report = distill(load_distill_config(toy), say=lambda _: None)
+    assert set(report["students"]) == {"student", *(f"student-without-t{k}" for k in range(3))}
+    evaluators = [Evaluator(checkpoint.load(tmp_path / f"t{k}.safetensors")) for k in range(3)]
+    for k in range(3):
+        others, name = [(k + 1) % 3, (k + 2) % 3], f"student-without-t{k}"
+        assert (tmp_path / f"{name}.safetensors").exists()
+        assert report["students"][name]["start"].endswith(f"t{others[0]}.safetensors")
+        bulk = read_frames(tmp_path / "student" / name / "bulk.h5")
+        assert len(bulk) == 16 and not any(f", t{k}, " in frame.trajectory for frame in bulk)
+        assert {frame.split for frame in bulk if f", t{others[1]}, " in frame.trajectory} == {"test"}
+        batch = Batch.from_systems([bulk[0].system])
+        mean = np.mean([evaluators[j].evaluate(batch).forces.numpy() for j in others], axis=0)
+        assert bulk[0].labels.forces == pytest.approx(mean, abs=1e-5)
 
 
 def test_a_teacher_that_fails_leaves_its_frames(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +123,7 @@ def test_a_teacher_that_fails_leaves_its_frames(toy: Path, tmp_path: Path, monke
         raise GuardError("nvt stopped: too hot")
 
     monkeypatch.setattr(md.distill, "simulate", stops)
-    monkeypatch.setattr(md.distill, "train", lambda *_, **__: {})
+    monkeypatch.setattr(md.distill, "train", lambda *_, **__: {})  # the student; all teachers are there
     config = load_distill_config(toy).model_copy(update={"teachers": (tmp_path / "t0.safetensors",) * 1 + (
         tmp_path / "t1.safetensors", tmp_path / "t1b.safetensors")})  # fmt: skip
     (tmp_path / "t1b.safetensors").write_bytes((tmp_path / "t1.safetensors").read_bytes())
