@@ -199,8 +199,8 @@ def collect(config: DistillConfig, quantum: Sequence[Frame], work: Path, *, say:
         known = _one_run(config, liquid, places[k].parent, evaluators, driver=teacher, seed=config.seed + k)
         write_json(places[k], known)
         say(
-            f"{run}: {liquid.electrolyte}, {liquid.temperature:g} K, {known['frames']} frames, force spread "
-            f"{known['forces'] / units.KCAL_PER_MOL:.2f} kcal/mol/Å"
+            f"{run}: {liquid.electrolyte}, {liquid.temperature:g} K, {known['frames']} frames"
+            + (f", force spread {known['forces'] / units.KCAL_PER_MOL:.2f} kcal/mol/Å" if known["frames"] else "")
             + (f"; {known['stopped']}" if known["stopped"] else "")
         )
 
@@ -229,16 +229,11 @@ def _one_run(
     except GuardError as error:
         stopped = str(error).splitlines()[0]
     systems = frames(folder, "nvt") if (folder / "nvt" / "traj.h5").exists() else []
-    if not systems:
-        raise InputError(
-            f"{folder.name} ({liquid.electrolyte}): {driver} gave no frame: {stopped} Train this teacher better, or "
-            "replace it."
-        )
     mixture = f"{liquid.electrolyte}, {liquid.temperature:g} K, {driver}"
     mixture = mixture if len(mixture.encode()) <= LONGEST_NAME else folder.name
     spread: dict[str, Any] = {}
     for student, names in config.classes().items():
-        if driver not in names:
+        if driver not in names or not systems:
             continue
         n_validation = 0 if driver == names[-1] else max(1, round(VALIDATION * len(systems)))
         splits = ["test" if driver == names[-1] else "train"] * (len(systems) - n_validation)
@@ -277,7 +272,10 @@ def _teach(
     """Train one student on the mean of its teachers and on quantum data; return its errors before and after."""
     names, folder = config.classes()[student], work / f"student{student}"
     taught_by = {"teachers": ", ".join(names)}
-    own = [run for run, known in runs.items() if known["driver"] in names]
+    own = [run for run, known in runs.items() if known["driver"] in names and known["frames"]]
+    if not {known["driver"] for run, known in runs.items() if run in own} - {names[-1]}:
+        reasons = "; ".join(f"{run}: {known['stopped']}" for run, known in runs.items() if known["stopped"])
+        raise InputError(f"No teacher gave frames to train on. Train them better, or replace them. {reasons}")
     bulk = merge_files([work / run / f"labels{student}.h5" for run in own], folder / "bulk.h5", provenance=taught_by)
     merge_files([work / run / f"spread{student}.h5" for run in own], folder / "bulk-spread.h5", provenance=taught_by)
     chosen = _write_quantum(config, quantum, folder)
@@ -324,6 +322,9 @@ def spread_table(runs: Mapping[str, dict[str, Any]]) -> str:
     kcal = units.KCAL_PER_MOL
     lines = [f"{'run':<34}{'frames':>8}{'forces':>10}{'energy/atom':>13}{'pressure':>10}"]
     for run, known in runs.items():
+        if not known["frames"]:
+            lines.append(f"{run:<34}{0:>8}  {known['stopped']}")
+            continue
         lines.append(
             f"{run:<34}{known['frames']:>8}{known['forces'] / kcal:>10.3f}{known['energy_per_atom'] / kcal:>13.4f}"
             f"{known['pressure'] / units.BAR:>10.0f}"

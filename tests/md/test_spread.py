@@ -1,0 +1,178 @@
+"""How far models are apart in liquids: of argon, and of numbers whose scatter is known."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import md.liquid
+import md.spread
+from bamboo.errors import GuardError, InputError
+from md.spread import load_spread_config, shell_distances, spread, spread_table, standard_deviation
+from md.topology import Topology
+from md.trajectory import ThermoSeries
+
+TEXT = """
+molecules: {{argon: "[Ar]"}}
+groups:
+  weak: [{folder}/w0.safetensors, {folder}/w1.safetensors]
+  strong: [{folder}/s0.safetensors, {folder}/s1.safetensors]
+liquids:
+- {{electrolyte: argon, temperature: 340 K, pressure: 2000 bar, density: 0.9 g/cm3, source: a toy}}
+output: {folder}/spread
+atoms: 24
+equilibrate: 100 fs
+time: 300 fs
+hot_time: 200 fs
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argon_model: Callable[..., Path]) -> Path:
+    monkeypatch.setattr(md.liquid, "guards", lambda *_: [])  # atoms of a gas that meet look like a new bond
+    monkeypatch.setattr(md.liquid, "WARM_UP_STEPS", 50)
+    monkeypatch.setattr("md.experiment.density_problem", lambda _: None)  # argon is in no table
+    for seed in (0, 1):
+        argon_model(tmp_path / f"w{seed}.safetensors", seed=seed, strength=0.1)
+        argon_model(tmp_path / f"s{seed}.safetensors", seed=seed, strength=1000.0 - 2000.0 * seed)
+    path = tmp_path / "spread.yaml"
+    path.write_text(TEXT.format(folder=tmp_path))
+    return path
+
+
+def test_models_whose_networks_are_weak_agree_and_others_do_not(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a tenth of the strength the networks of two seeds hardly change argon; what remains is sampling."""
+    said: list[str] = []
+    report = spread(load_spread_config(toy), say=said.append)
+    (weak,), (strong,) = (report["groups"][name]["liquids"].values() for name in ("weak", "strong"))
+    assert strong["pressure_bar"]["spread"] > 3.0 * strong["pressure_bar"]["sampling"]
+    assert strong["pressure_bar"]["spread"] > 3.0 * weak["pressure_bar"]["spread"]
+    assert report["groups"]["strong"]["spread"]["pressure_bar"] == strong["pressure_bar"]["spread"]  # of one liquid
+    series = ThermoSeries.read(tmp_path / "spread/liquid/s0/00-argon-340-K/nvt/molecular/thermo.h5")
+    mean, stderr = strong["models"]["s0"]["pressure_bar"]
+    whole = np.trace(series.pressure, axis1=-2, axis2=-1).mean() / 3.0 / md.spread.units.BAR
+    assert abs(mean - whole) < 5.0 * stderr  # the part that is taken as equilibrated
+    assert report["groups"]["weak"]["hot_ps"] == {"w0": pytest.approx(0.2), "w1": pytest.approx(0.2)}
+    assert "s1 0" in said[-1] and "root mean square over liquids" in said[-1]
+
+    monkeypatch.setattr(md.spread, "simulate", lambda *_: pytest.fail("simulated again"))
+    assert spread(load_spread_config(toy), say=said.append) == report
+    toy.write_text(toy.read_text().replace("hot_time: 200", "hot_time: 300"))
+    with pytest.raises(InputError, match=r"begun with other settings \(hot_time\)"):
+        spread(load_spread_config(toy), say=said.append)
+
+
+def test_trips_are_counted_and_the_time_is_used_up(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A liquid stopped by a guard begins again, with another seed, for the time that is left; a limit ends that."""
+    original, seeds = md.liquid.simulate, list[int]()
+
+    def breaks(box: Any, stages: Any, *rest: Any) -> None:
+        if stages[0].name != "hot":
+            raise GuardError("liquid stopped: broken\nsaved here")
+        seeds.append(box.seed)
+        halved = [md.liquid.Stage("hot", stages[0].time_ps / 2.0)]
+        original(box, halved, *rest)
+        if stages[0].time_ps > 0.03:
+            raise GuardError("hot stopped: too hot\nsaved here")
+
+    monkeypatch.setattr(md.spread, "simulate", breaks)
+    report = spread(load_spread_config(toy), say=lambda _: None)
+    (hot,) = report["groups"]["weak"]["hot"]["w0"]
+    assert hot["trips"] == 3 and hot["reasons"] == ["hot stopped: too hot"] * 3  # 0.2, 0.1, 0.05, 0.025 ps
+    assert hot["ran_ps"] == pytest.approx(0.2, abs=0.02) and seeds[:4] == [1, 2, 3, 4]
+    (liquid,) = report["groups"]["weak"]["liquids"].values()
+    assert liquid["models"]["w0"] == {"stopped": "liquid stopped: broken"} and "pressure_bar" not in liquid
+    assert report["groups"]["weak"]["spread"] == {} and "w0 3" in spread_table(report)
+
+
+def test_sampling_is_taken_out_of_the_standard_deviation() -> None:
+    """Groups of four that scatter by 2 and are each known to 1.5: on average the variance is 4, not 6.25."""
+    generator = np.random.default_rng(3)
+    values = generator.normal(scale=2.0, size=(4000, 4)) + generator.normal(scale=1.5, size=(4000, 4))
+    found = [standard_deviation([(value, 1.5) for value in group]) for group in values]
+    assert np.mean([np.var(group, ddof=1) - 1.5**2 for group in values]) == pytest.approx(4.0, rel=0.05)
+    assert np.median([spread for spread, _ in found]) == pytest.approx(1.85, abs=0.1)  # of a chi distribution
+    assert found[0][1] == 1.5
+    assert standard_deviation([(1.0, 0.5), (1.1, 0.5)]) == (0.0, 0.5)
+
+
+def test_shell_of_lithium_is_the_mean_of_its_near_oxygens() -> None:
+    class Frames:
+        topology = Topology.__new__(Topology)
+        positions = np.array([[[0, 0, 0], [1.9, 0, 0], [0, 9.9, 0], [0, 0, 2.9]]] * 2, dtype=float)
+        cells = np.array([12.0 * np.eye(3)] * 2)
+
+    object.__setattr__(Frames.topology, "numbers", np.array([3, 8, 8, 8]))
+    Frames.positions[1, 1, 0] = 2.0
+    np.testing.assert_allclose(shell_distances(Frames()), [(1.9 + 2.1) / 2, (2.0 + 2.1) / 2])  # one across the cell
+    object.__setattr__(Frames.topology, "numbers", np.array([18, 8, 8, 8]))
+    assert len(shell_distances(Frames())) == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("density: 0.9 g/cm3, ", "viscosity: 1 mPa*s, use: test, ", "has no density"),
+        ("s1.safetensors", "s2.safetensors", "s2.safetensors: no such file"),
+        ("s1.safetensors", "w1.safetensors", "two models of one name"),
+        (", {folder}/s1.safetensors", "", "at least 2 items"),
+    ],
+)
+def test_bad_configurations_are_refused(toy: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    toy.write_text(toy.read_text().replace(old.format(folder=tmp_path), new))
+    with pytest.raises(InputError, match=rf"spread.yaml:\d+: .*{message}"):
+        load_spread_config(toy)
+
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+from md.liquid import share, write_json
+folder, name = Path(sys.argv[1]), sys.argv[2]
+places = [folder / f"{k}.json" for k in range(6)]
+def compute(k):
+    (folder / f"{k}.begun-{name}").touch()
+    if name == "dies":
+        time.sleep(60.0)
+    time.sleep(0.3)
+    write_json(places[k], name)
+print("ready", flush=True)
+sys.stdin.read(1)
+share(places, compute)
+print(json.dumps([json.loads(place.read_text()) for place in places]))
+"""
+
+
+def test_processes_share_work_and_take_over_what_a_killed_one_left(tmp_path: Path) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), name], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    workers = {name: start(name) for name in ("dies", "one", "two")}
+    try:
+        for worker in workers.values():
+            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        for name, worker in workers.items():
+            assert worker.stdin is not None
+            worker.stdin.write("x")
+            worker.stdin.close()
+            if name == "dies":
+                while not list(tmp_path.glob("*.begun-dies")):
+                    pass
+        while len(list(tmp_path.glob("?.json"))) < 5:  # all but what the first one holds
+            pass
+        workers["dies"].kill()
+        found = [json.loads(workers[name].stdout.read()) for name in ("one", "two")]  # type: ignore[union-attr]
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    assert found[0] == found[1] and set(found[0]) == {"one", "two"}
+    assert len(list(tmp_path.glob("*.begun-one"))) + len(list(tmp_path.glob("*.begun-two"))) == 6  # none twice
