@@ -99,8 +99,7 @@ def spread(config: SpreadConfig, *, say: Say = print) -> dict[str, Any]:
         row, act = config.liquids[number], measure if kind == "liquid" else heat
         found = act(models[name], row, places[index].parent, config=config, seed=config.seed + 100 * number)
         write_json(places[index], found)
-        told = ", ".join(f"{key} {_told(value)}" for key, value in found.items())
-        say(f"{sum(place.exists() for place in places)} of {len(tasks)}: {name}, {row.name}: {told}")
+        say(f"{sum(place.exists() for place in places)} of {len(tasks)}: {name}, {row.name}: {_told(found)}")
 
     share(places, compute)
     results = {task: json.loads(place.read_text()) for task, place in zip(tasks, places, strict=True)}
@@ -133,7 +132,7 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig
     if len(shell):
         series["shell_A"] = shell
     means = {name: equilibrated_mean(values)[0] for name, values in series.items()}
-    return {name: [mean.value, mean.stderr] for name, mean in means.items()}
+    return {name: {"value": mean.value, "stderr": mean.stderr} for name, mean in means.items()}
 
 
 def shell_distances(trajectory: Trajectory) -> np.ndarray:
@@ -167,11 +166,14 @@ def heat(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, s
     return {"trips": len(trips), "ran_ps": ran, "reasons": trips}
 
 
-def standard_deviation(values: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the standard deviation of (mean, standard error) pairs without what sampling adds, and what it adds."""
-    means, errors = np.array(values, dtype=float).T
-    sampling = float(np.mean(errors**2))
-    return math.sqrt(max(float(np.var(means, ddof=1)) - sampling, 0.0)), math.sqrt(sampling)
+def standard_deviation(means: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the standard deviation of means ("value", "stderr") less what sampling adds, "spread"; and that.
+
+    spread^2 = sum_k (x_k - <x>)^2 / (n - 1) - sampling^2, at least 0;  sampling^2 = <s_k^2>
+    """
+    sampling = float(np.mean([mean["stderr"] ** 2 for mean in means]))
+    observed = float(np.var([mean["value"] for mean in means], ddof=1))
+    return {"spread": math.sqrt(max(observed - sampling, 0.0)), "sampling": math.sqrt(sampling)}
 
 
 def _report(config: SpreadConfig, results: Mapping[Task, Mapping[str, Any]]) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _report(config: SpreadConfig, results: Mapping[Task, Mapping[str, Any]]) -> 
             found = {name: results["liquid", name, number] for name in names}
             sound = [one for one in found.values() if "stopped" not in one]
             liquids[row.name] = {"models": found} | {
-                key: dict(zip(("spread", "sampling"), standard_deviation([one[key] for one in sound]), strict=True))
+                key: standard_deviation([one[key] for one in sound])
                 for key in QUANTITIES
                 if len(sound) > 1 and all(key in one for one in sound)
             }
@@ -226,5 +228,12 @@ def _place(config: SpreadConfig, kind: str, name: str, number: int) -> Path:
     return config.output / kind / name / box_name(number, config.liquids[number].name)
 
 
-def _told(value: Any) -> str:
-    return f"{value[0]:.4g} ± {value[1]:.2g}" if isinstance(value, list) and value else str(value)
+def _told(found: Mapping[str, Any]) -> str:
+    if "trips" in found:
+        return f"{found['trips']} guards tripped in {found['ran_ps']:.3g} ps"
+    means = {
+        name: f"{found[name]['value']:.4g} ± {found[name]['stderr']:.2g} {unit}"
+        for name, unit in QUANTITIES.items()
+        if name in found
+    }
+    return found.get("stopped") or ", ".join(f"{name} {text}" for name, text in means.items())
