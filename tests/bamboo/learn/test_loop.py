@@ -1,0 +1,97 @@
+"""The training loop: resuming is exact, and nothing that is not finite reaches the weights."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from springs import FRAMES, run_loop, small_force_field
+
+from bamboo.errors import InputError
+from bamboo.learn.fit import (
+    _log,
+)
+from bamboo.learn.loop import Loop, LoopConfig, Progress
+from bamboo.learn.losses import LossWeights
+from bamboo.learn.samples import (
+    fit_references,
+    make_samples,
+)
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch and continued = never stopped, bit for bit."""
+    whole = run_loop(None)
+    whole.run(lambda _: None)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(path, stop_after=7).run(lambda _: None)
+    resumed = run_loop(path)
+    assert resumed.step == 7
+    resumed.run(lambda _: None)
+    assert resumed.step == whole.step
+    for name, value in whole.averaged.state_dict().items():
+        assert torch.equal(value, resumed.averaged.state_dict()[name]), name
+
+
+def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    run_loop(None).save(path)
+    force_field = small_force_field()
+    samples = make_samples(force_field, FRAMES[:2])
+    with pytest.raises(InputError, match="learning_rate"):
+        Loop(
+            force_field,
+            samples,
+            weights=LossWeights(),
+            config=LoopConfig(epochs=4, edges_per_batch=60, learning_rate=1.0),
+            state_path=path,
+        )
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["training"])
+    del header["weights"]["molecular_forces"]  # a state from before that part of the loss was there
+    save_file(load_file(path), path, metadata={"training": json.dumps(header)})
+    config = LoopConfig(epochs=4, edges_per_batch=60, save_seconds=0.0)
+    with pytest.raises(InputError, match=r"other settings \(molecular_forces\)"):
+        Loop(force_field, samples, weights=LossWeights(), config=config, state_path=path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged"):
+        Loop(force_field, samples, weights=LossWeights(), config=LoopConfig(), state_path=path)
+
+
+def test_resume_refuses_other_data(tmp_path: Path) -> None:
+    """The saved reference energies belong to the old labels: with other data every total energy would be wrong."""
+    path = tmp_path / "state.safetensors"
+    run_loop(path).save(path)
+    config = LoopConfig(epochs=4, edges_per_batch=60, save_seconds=0.0)
+    force_field = small_force_field()
+    fit_references(force_field, FRAMES)
+    samples = make_samples(force_field, FRAMES)
+    Loop(force_field, samples, weights=LossWeights(), config=config, state_path=path)
+    with pytest.raises(InputError, match=r"other data \(.*frames"):
+        Loop(force_field, samples[:-1], weights=LossWeights(), config=config, state_path=path)
+    samples[3].forces = 2.0 * samples[3].forces
+    with pytest.raises(InputError, match=r"other data \(forces\)"):
+        Loop(force_field, samples, weights=LossWeights(), config=config, state_path=path)
+
+
+def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    loop = run_loop(None)
+    bias = loop.force_field.energy_head[0].bias
+    bias.register_hook(lambda gradient: gradient * torch.nan)
+    before = bias.detach().clone()
+    with pytest.raises(InputError, match="gradient is not finite at step 0"):
+        loop.run(lambda _: None)
+    assert torch.equal(bias.detach(), before)
+
+
+def test_log_keeps_its_columns_when_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    for epoch, losses in ((1.0, {"loss": 0.5, "forces": 0.25}), (2.0, {})):
+        _log(path, Progress(epoch, 10, 20, 1.0e-3, losses, 0.0, True), {})
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["train_loss"] for row in rows] == ["0.5", ""]
+    assert [row["validation_forces_pooled_eV_A"] for row in rows] == ["nan", "nan"]
