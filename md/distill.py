@@ -140,7 +140,8 @@ def distill(config: DistillConfig, *, say: Say = print) -> dict[str, Any]:
     quantum = load_frames(config.data, max_force=20.0, say=say)
     runs = collect(config, quantum, work, say=say)
     for name in config.classes():
-        accept_settings(work / f"student{name}", config.model_dump(mode="json", include=TAUGHT))
+        taught = config.model_dump(mode="json", include=TAUGHT - ({"start"} if name else set()))
+        accept_settings(work / f"student{name}", taught)
     places = [work / f"student{name}" / "errors.json" for name in config.classes()]
 
     def compute(k: int) -> None:
