@@ -2,7 +2,8 @@
 
 Every teacher drives one box of every electrolyte (NPT, then NVT whose frames are kept); all teachers label every frame
 (``bamboo/learn/ensemble.py``), and a student that starts from one of them is trained on the mean together with quantum
-data, through the same training as any other model. The boxes of the last teacher are held out.
+data, through the same training as any other model. The boxes of the last teacher are held out. A teacher
+that contradicts the others is outvoted, frame by frame, and what finds no majority is left out.
 
 With ``leave_one_out`` there is a student more for each teacher, taught by all others: how far these are apart, against
 how far the teachers are (``bamboo-md spread``), tells what distillation is worth.
@@ -201,7 +202,7 @@ def collect(config: DistillConfig, quantum: Sequence[Frame], work: Path, *, say:
         write_json(places[k], known)
         say(
             f"{run}: {liquid.electrolyte}, {liquid.temperature:g} K, {known['frames']} frames"
-            + (f", force spread {known['forces'] / units.KCAL_PER_MOL:.2f} kcal/mol/Å" if known["frames"] else "")
+            + "".join(f", {name} outvoted in {count}" for name, count in known.get("outvoted", {}).items() if count)
             + (f"; {known['stopped']}" if known["stopped"] else "")
         )
 
@@ -246,11 +247,13 @@ def _one_run(
             temperature_K=liquid.temperature,
         )
         provenance = {"electrolyte": liquid.electrolyte, "teachers": ", ".join(names), "driver": driver}
-        write_frames(folder / f"spread{student}.h5", labels.spread, provenance=provenance)
-        write_frames(folder / f"labels{student}.h5", labels.mean, provenance=provenance)
+        if labels.mean:
+            write_frames(folder / f"spread{student}.h5", labels.spread, provenance=provenance)
+            write_frames(folder / f"labels{student}.h5", labels.mean, provenance=provenance)
         if not student:
             by_teacher = dict(zip(names, (labels.pressure.mean(axis=0) / units.BAR).tolist(), strict=True))
-            spread = {"pressure_by_teacher_bar": by_teacher, **rms_spread(labels)}
+            outvoted = dict(zip(names, (~labels.agrees).sum(axis=0).tolist(), strict=True))
+            spread = {"pressure_by_teacher_bar": by_teacher, "outvoted": outvoted, **rms_spread(labels)}
     return {
         "electrolyte": liquid.electrolyte,
         "temperature_K": liquid.temperature,
@@ -273,8 +276,8 @@ def _teach(
     """Train one student on the mean of its teachers and on quantum data; return its errors before and after."""
     names, folder = config.classes()[student], work / f"student{student}"
     taught_by = {"teachers": ", ".join(names)}
-    own = [run for run, known in runs.items() if known["driver"] in names and known["frames"]]
-    if not {known["driver"] for run, known in runs.items() if run in own} - {names[-1]}:
+    own = [run for run in runs if (work / run / f"labels{student}.h5").exists()]
+    if not {runs[run]["driver"] for run in own} - {names[-1]}:
         reasons = "; ".join(f"{run}: {known['stopped']}" for run, known in runs.items() if known["stopped"])
         raise InputError(f"No teacher gave frames to train on. Train them better, or replace them. {reasons}")
     bulk = merge_files([work / run / f"labels{student}.h5" for run in own], folder / "bulk.h5", provenance=taught_by)

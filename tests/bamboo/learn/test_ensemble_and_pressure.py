@@ -13,7 +13,7 @@ from bamboo import units
 from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator
 from bamboo.learn.align import Liquid, anchored, arms, molecular_pressure, shift_pressures
-from bamboo.learn.ensemble import ensemble_labels, put_on_one_zero, rms_spread
+from bamboo.learn.ensemble import ensemble_labels, majority, put_on_one_zero, rms_spread
 from bamboo.learn.fit import TrainConfig, WeightsBlock, _check_labels, choose_trained, held_out_group
 from bamboo.learn.loop import LoopConfig
 from bamboo.learn.losses import LossWeights, loss_parts
@@ -134,6 +134,12 @@ def test_arms_need_molecules_and_carry_no_mass() -> None:
         arms(replace(system, molecule=None))
 
 
+@pytest.fixture(autouse=True)
+def wide_majority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models with random weights are far apart."""
+    monkeypatch.setattr("bamboo.learn.ensemble.MOST_APART", 50.0)
+
+
 @pytest.fixture(scope="module")
 def teachers(make_force_field: Callable[..., Any]) -> dict[str, Evaluator]:
     return {f"t{seed}": Evaluator(make_force_field("all", seed=seed)) for seed in range(3)}
@@ -156,6 +162,40 @@ def test_mean_and_spread_are_those_of_direct_evaluation(teachers: dict[str, Eval
     assert rms_spread(labels)["pressure"] == pytest.approx(np.sqrt(np.mean(pressures**2)))
     with pytest.raises(InputError, match="one has no spread"):
         ensemble_labels({"t0": teachers["t0"]}, systems, trajectories=["a", "b"], temperature_K=300.0)
+
+
+def test_a_model_with_a_hole_is_outvoted_and_no_majority_gives_no_label(teachers: dict[str, Evaluator]) -> None:
+    """One of three models pushes an atom wrongly: the label is the mean of the two others. Two do: there is none."""
+
+    class Pushed:
+        def __init__(self, evaluator: Evaluator, push: float) -> None:
+            self.evaluator, self.push = evaluator, push
+
+        def evaluate(self, batch: Batch) -> Any:
+            output = self.evaluator.evaluate(batch)
+            forces = output.forces.clone()
+            forces[4, 1] += self.push
+            return replace(output, forces=forces)
+
+    t0, t1, t2 = teachers.values()
+    system = water_box()
+    forces = np.stack([t.evaluate(Batch.from_systems([system])).forces.numpy() for t in (t0, t1, t2)])
+    assert np.ptp(forces, axis=0).max() < 50.0  # they agree as they are
+    common: dict[str, Any] = {"trajectories": ["a", "b"], "temperature_K": 300.0}
+    one: Any = {"t0": t0, "t1": Pushed(t1, 150.0), "t2": t2}
+    labels = ensemble_labels(one, [system, system], **common)
+    assert labels.agrees.tolist() == [[True, False, True]] * 2 and labels.has_majority.all()
+    assert labels.mean[0].labels.forces == pytest.approx(forces[[0, 2]].mean(axis=0), abs=1e-4)
+    assert labels.spread[0].labels.forces == pytest.approx(forces[[0, 2]].std(axis=0, ddof=1), abs=1e-4)
+    difference = np.diff(labels.pressure[0, [0, 2]])[0]
+    assert rms_spread(labels)["pressure"] == pytest.approx(abs(difference) / np.sqrt(2.0))
+    two: Any = {"t0": t0, "t1": Pushed(t1, 150.0), "t2": Pushed(t2, -150.0)}
+    labels = ensemble_labels(two, [system, system], **common)
+    assert labels.mean == labels.spread == [] and not labels.has_majority.any() and len(labels.pressure) == 2
+    assert rms_spread(labels)["forces"] == 0.0
+    apart = np.zeros((4, 2, 3)) + np.array([0.0, 0.0, 75.0, 75.0])[:, None, None]
+    assert majority(apart).all()  # all at 37.5 from a median that nobody is near: two camps of one size
+    assert majority(2.0 * apart).sum() == 0
 
 
 def test_offsets_of_teachers_do_not_reach_the_labels(make_force_field: Any, make_cluster: Any) -> None:
