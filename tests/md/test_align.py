@@ -138,6 +138,19 @@ def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeyp
         align(load_align_config(path).model_copy(update={"atoms": 30}), say=lambda _: None)
 
 
+def test_what_lies_beyond_the_part_that_is_looked_at_does_not_count(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is longer already, because it was stopped later, gives the number of one that is not."""
+    config = load_align_config(toy(name="long", pressure=500, tolerance=0.5))
+    config = config.model_copy(update={"time": 4.0 * config.time})
+    model, (row,) = tmp_path / "argon.safetensors", config.aligned_rows()
+    whole = md.align.measure(model, row, tmp_path / "long", config=config, seed=1)
+    monkeypatch.setattr(md.align, "SURE", 1.0e9)  # the first look suffices
+    early = [md.align.measure(model, row, tmp_path / name, config=config, seed=1) for name in ("fresh", "long")]
+    assert early[0] == early[1] != whole
+
+
 def test_a_pressure_that_is_plainly_wrong_is_not_measured_to_the_end(toy: Any, tmp_path: Path) -> None:
     """2500 bar away a quarter of the run suffices; next to the wanted pressure it takes the whole."""
     lengths = {}
