@@ -11,7 +11,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from bamboo import checkpoint
 from bamboo.errors import InputError
-from bamboo.evaluator import Evaluator
+from bamboo.evaluator import Evaluator, best_device
 from bamboo.system import Batch, System
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -52,7 +52,7 @@ class BambooCalculator(Calculator):
         if dtype not in DTYPES:
             raise InputError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}.")
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = best_device()
         force_field = checkpoint.load(model, dtype=DTYPES[dtype], charge_response=charge_response)
         self.evaluator = Evaluator(force_field, skin=skin, device=device, engine=engine)
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 import bamboo
 from bamboo.errors import InputError, ModelFileError, suggest
+from bamboo.files import replacing
 from bamboo.forcefield import ForceField, ForceFieldConfig
 
 FORMAT, FORMAT_VERSION = "bamboo-force-field", 1
@@ -69,8 +70,11 @@ def save(force_field: ForceField, path: str | Path, *, card: dict[str, Any] | No
         "card": card or {},
     }
     try:
-        save_file(tensors, str(path), metadata={"bamboo": json.dumps(header, ensure_ascii=False)})
-        Path(path).chmod(0o644)  # safetensors writes files that only their owner can read
+        with replacing(Path(path)) as draft:
+            draft.touch()  # with the rights of a new file: safetensors alone gives them to the owner only
+            rights = draft.stat().st_mode
+            save_file(tensors, str(draft), metadata={"bamboo": json.dumps(header, ensure_ascii=False)})
+            draft.chmod(rights)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: the model cannot be written: {error}.") from error
 

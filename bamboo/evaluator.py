@@ -17,6 +17,11 @@ from bamboo.system import Batch
 SMALLEST_DISTANCE = 0.3  # Å; closer atoms are a broken input, not chemistry
 
 
+def best_device() -> str:
+    """Return the device to compute on where none is asked for: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Evaluator:
     """Evaluate one force field on batches that change little from call to call.
 

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo import checkpoint, units
 from bamboo.errors import ConvergenceError, InputError, suggest
-from bamboo.evaluator import Evaluator
+from bamboo.evaluator import Evaluator, best_device
+from bamboo.files import file_sha256, write_json
 from bamboo.learn.align import Liquid, molecular_pressure, shift_pressures
 from bamboo.learn.evaluate import Errors
 from bamboo.learn.fit import LoopBlock, WeightsBlock, card_of_errors, error_table, held_out_errors, load_frames
@@ -34,8 +35,7 @@ from md.align_report import density_figure, mean_absolute_error, measurement_tab
 from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
 from md.config import Molecules, folder_name
 from md.experiment import Measurement, load_measurements, problems
-from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate, write_json
-from md.model import file_sha256
+from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate
 from md.quantities import Compressibility, Density, Duration
 from md.trajectory import ThermoSeries
 from md.yaml_model import Problem, load_yaml
@@ -205,7 +205,11 @@ def measure_all(
 
     share(places, compute)
     results = [json.loads(known.read_text()) for known in places]
-    for result in results:  # of an earlier call too
+    for row, known, result in zip(rows, places, results, strict=True):
+        if result["density_measured"] != row.density_g_cm3 or result["pressure_measured"] != row.pressure / units.BAR:
+            raise InputError(
+                f"{known.parent}: measured when the table said otherwise of {row.name}. Remove this folder."
+            )
         _refuse_broken(result)
     return results
 
@@ -217,7 +221,7 @@ def box_name(number: int, name: str) -> str:
 
 def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
     """Simulate one liquid at its measured density; return pressure and density error."""
-    evaluator = Evaluator(checkpoint.load(model))
+    evaluator = Evaluator(checkpoint.load(model), device=best_device())
     box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
     target_bar = row.pressure / units.BAR
     stages = [nvt("equilibrate", config.equilibrate)]
@@ -237,6 +241,7 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
     return {
         "name": row.name,
         "density_measured": row.density_g_cm3,
+        "pressure_measured": target_bar,
         "pressure_bar": pressure.value,
         "pressure_stderr_bar": pressure.stderr,
         "excess_bar": excess_bar,
@@ -322,9 +327,7 @@ def _corrected(
         for row, shift, liquid, old in zip(rows, shifts, liquids, before, strict=True):
             gained = molecular_pressure(corrected, liquid.systems).mean() - old
             say(f"  {row['name']}: asked {shift:+.0f} bar, on its frames {gained / units.BAR:+.0f} bar")
-        draft = path.with_suffix(".part")
-        checkpoint.save(corrected, draft, card=checkpoint.describe(model)["card"])
-        draft.rename(path)
+        checkpoint.save(corrected, path, card=checkpoint.describe(model)["card"])
 
     share([path], compute)
     return path

@@ -144,7 +144,7 @@ def _model(force_field: ForceField, sizes: tuple[int, ...], device: str) -> Iter
     growth = times[largest] / largest / (times[smallest] / smallest)
     yield Measurement("model", f"time per atom, {largest} against {smallest} atoms", growth, "x")
     if device == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
         yield Measurement("model", f"peak memory of the process up to {largest} atoms", peak, "GB")
     if engine == "reference":
         return

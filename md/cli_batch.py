@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bamboo.errors import InputError
+from bamboo.files import write_text
 from md.command import reported
 
 
@@ -62,7 +63,7 @@ def submit(
     script = Path(f"{config.stem}.{system}")
     where = {"script": script, "folder": target, "programs": Path(sys.executable).parent}
     text = slurm_script(command, job, members=members, **where) if slurm else pbs_script(command, job, **where)
-    script.write_text(text, encoding="utf-8")
+    write_text(script, text)
     script.chmod(0o755)
     tasks = f", {members} members" if members else ""
     print(f"wrote {script}{tasks}; submit it with:  {submit_command(script, system=system)}")
@@ -121,7 +122,7 @@ def collect(
     collection = read(source, folder=folder)
     target = (source if source.is_dir() else folder or Path("runs") / source.stem) / "collected"
     figures = write_figures(collection, target)
-    (target / "table.csv").write_text(to_csv(collection.rows()), encoding="utf-8")
+    write_text(target / "table.csv", to_csv(collection.rows()))
     if as_json:
         files = [str(path) for path in (target / "table.csv", *figures)]
         content = {"table": collection.rows(), "without_results": collection.missing, "files": files}

@@ -220,6 +220,8 @@ def _results(run: Member) -> list[Result]:
         raise InputError(outcome.reason)
     if not run.folder.exists() or not (run.folder / "resolved.yaml").exists():
         raise InputError("not begun")
+    if run.is_busy:
+        raise InputError("still running")
     if not path.exists():
         raise InputError("not finished (no properties.json)")
     try:

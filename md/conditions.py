@@ -1,6 +1,5 @@
 """The conditions of a run: which boxes stand together in its batch, and where each begins."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from bamboo.errors import InputError
+from bamboo.files import replacing
 from bamboo.structure.packing import pack_box
 from bamboo.system import System
 from bamboo.units import GRAM_PER_CM3
@@ -133,7 +133,6 @@ def _write_start(condition: Condition, *, log: RunLog) -> None:
             f"{condition.title}packed {systems[0].volume ** (1.0 / 3.0):.2f} Å box at "
             f"{packing_density(config, box):.3f} g/cm3 (liquid, by ideal mixing: {box.density_g_cm3:.3f} g/cm3)"
         )
-    draft = folder.start.with_suffix(".part")
-    ase.io.write(draft, [system.to_atoms() for system in systems], format="extxyz")
-    os.replace(draft, folder.start)
+    with replacing(folder.start) as draft:
+        ase.io.write(draft, [system.to_atoms() for system in systems], format="extxyz")
     write_pdb(folder.path / "start.pdb", systems[0], build_topology(systems[0], box.counts))

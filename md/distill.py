@@ -14,6 +14,7 @@ same time its processes share the work.
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo import checkpoint, units
 from bamboo.errors import GuardError, InputError
-from bamboo.evaluator import Evaluator
+from bamboo.evaluator import Evaluator, best_device
+from bamboo.files import file_sha256, replacing, write_json
 from bamboo.learn.ensemble import ensemble_labels, put_on_one_zero, rms_spread
 from bamboo.learn.evaluate import Errors
 from bamboo.learn.fit import (
@@ -39,13 +41,13 @@ from bamboo.learn.fit import (
 from bamboo.quantum.dataset import Frame, merge_files, trajectory_in, write_frames
 from md.composition import parse_composition
 from md.config import Molecules
-from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate, write_json
-from md.model import file_sha256
+from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate
 from md.quantities import Duration, Pressure, Temperature, validator
 from md.yaml_model import Problem, load_yaml
 
 Say = Callable[[str], None]
 LONGEST_NAME = 72  # bytes; the split is added to it
+ERRORS = "errors.json"
 TAUGHT = {"start", "clusters", "weights", "loop", "trained"}  # settings of students, of no simulation
 VALIDATION = 0.15  # share of each box, at its end, that chooses the best weights
 
@@ -143,15 +145,16 @@ def distill(config: DistillConfig, *, say: Say = print) -> dict[str, Any]:
     for name in config.classes():
         taught = config.model_dump(mode="json", include=TAUGHT - ({"start"} if name else set()))
         accept_settings(work / f"student{name}", taught)
-    places = [work / f"student{name}" / "errors.json" for name in config.classes()]
+    students = [config.output.with_stem(config.output.stem + name) for name in config.classes()]
 
     def compute(k: int) -> None:
-        write_json(places[k], _teach(config, list(config.classes())[k], runs, quantum, work, say=say))
+        folder = work / f"student{list(config.classes())[k]}"
+        write_json(folder / ERRORS, _teach(config, list(config.classes())[k], runs, quantum, folder, say=say))
+        with replacing(students[k]) as draft:  # last: where it is, all is done
+            shutil.copyfile(folder / students[k].name, draft)
 
-    share(places, compute)
-    errors = {
-        f"student{name}": json.loads(place.read_text()) for name, place in zip(config.classes(), places, strict=True)
-    }
+    share(students, compute)
+    errors = {f"student{name}": json.loads((work / f"student{name}" / ERRORS).read_text()) for name in config.classes()}
     report = {
         "teachers": {str(path): file_sha256(path) for path in config.teachers},
         "runs": runs,
@@ -193,7 +196,7 @@ def collect(config: DistillConfig, quantum: Sequence[Frame], work: Path, *, say:
     if not all(place.exists() for place in places):
         some = np.random.default_rng(config.seed).permutation(len(quantum))[:N_REFERENCE_FRAMES]
         put_on_one_zero(list(models.values()), [quantum[index] for index in some])
-    evaluators = {name: Evaluator(force_field) for name, force_field in models.items()}
+    evaluators = {name: Evaluator(force_field, device=best_device()) for name, force_field in models.items()}
 
     def compute(k: int) -> None:
         run, number, teacher = names[k]
@@ -269,12 +272,12 @@ def _teach(
     student: str,
     runs: Mapping[str, dict[str, Any]],
     quantum: Sequence[Frame],
-    work: Path,
+    folder: Path,
     *,
     say: Say,
 ) -> dict[str, Any]:
     """Train one student on the mean of its teachers and on quantum data; return its errors before and after."""
-    names, folder = config.classes()[student], work / f"student{student}"
+    names, work = config.classes()[student], folder.parent
     taught_by = {"teachers": ", ".join(names)}
     own = [run for run in runs if (work / run / f"labels{student}.h5").exists()]
     if not {runs[run]["driver"] for run in own} - {names[-1]}:
@@ -289,7 +292,7 @@ def _teach(
     before = held_out_errors(checkpoint.load(start), [*bulk, *chosen])
     recipe = TrainConfig(
         data=[folder / "bulk.h5", folder / "quantum.h5"],
-        output=config.output.with_stem(config.output.stem + student),
+        output=folder / f"{config.output.stem}{student}{config.output.suffix}",
         start=start,
         weights=config.weights,
         loop=config.loop,

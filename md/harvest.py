@@ -5,7 +5,6 @@ random densities and temperatures, keeps snapshots (small boxes as they are, lar
 first shell), and where a guard stops a run it keeps the frames that led there. Label them, train again, repeat.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from bamboo.errors import BambooError, InputError
 from bamboo.evaluator import Evaluator
+from bamboo.files import replacing
 from bamboo.forcefield import ForceField
 from bamboo.quantum.compositions import kind_of, random_liquid
 from bamboo.structure.molecules import molecule
@@ -98,10 +98,9 @@ def _finished_boxes(path: Path) -> set[str]:
 
 def _append(path: Path, structures: list[ase.Atoms]) -> None:
     """Add the structures of a box to the file all at once: a kill leaves the file as it was or complete."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(path.read_bytes() if path.exists() else b"")
-    ase.io.write(str(draft), structures, format="extxyz", append=True)
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_bytes(path.read_bytes() if path.exists() else b"")
+        ase.io.write(str(draft), structures, format="extxyz", append=True)
 
 
 def _one_box(

@@ -22,6 +22,7 @@ from PIL import Image
 from bamboo import units
 from bamboo.checkpoint import describe
 from bamboo.errors import BambooError, InputError
+from bamboo.files import file_sha256, write_text
 from bamboo.system import System
 from md import protocol
 from md.analysis.density import UNITS as CONSTANT_PRESSURE
@@ -31,7 +32,6 @@ from md.comparison import Comparison, comparisons
 from md.composition import realise
 from md.config import Minimise, RunConfig, dump_config
 from md.convergence import Window, density_window, production_window, running_estimates
-from md.model import file_sha256
 from md.recording import build_topology, trajectory_path
 from md.report import box_figure, convergence_figure, series_figure, with_interval
 from md.results import dynamics_folders
@@ -146,9 +146,7 @@ def write_report(folder: Path, *, output: Path | None = None) -> Path:
         full=album.full,
     )
     path = output or folder / "report.html"
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    write_text(path, page)
     return path
 
 

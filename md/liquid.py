@@ -5,10 +5,9 @@ again continues exactly where the run was stopped, and returns at once where it 
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from bamboo.elements import ATOMIC_MASSES
 from bamboo.errors import InputError, LockedError
+from bamboo.files import held, replacing, write_json
 from bamboo.structure.packing import bond_graph, pack_box
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
@@ -35,7 +35,7 @@ from md.engine.state import Evaluator, MDState
 from md.harvest import PACKING_SCALE, squeeze
 from md.model import device_of
 from md.recording import FrameRecorder, Portion, ThermoRecorder, build_topology
-from md.run_folder import flatten, held
+from md.run_folder import flatten
 from md.topology import Ensemble
 from md.trajectory import Trajectory
 
@@ -189,28 +189,18 @@ def guards(box: Box, system: System) -> list[Guard]:
     ]
 
 
-def accept_settings(folder: Path, settings: dict[str, Any], *, free: Sequence[str] = ()) -> None:
-    """Write the settings into a folder, or refuse them where it was begun with others; keys in ``free`` may change."""
+def accept_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a folder, or refuse them where it was begun with others."""
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
     if path.exists():
         old, new = flatten(json.loads(path.read_text())), flatten(now)
-        changed = sorted(
-            k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not k.startswith(tuple(free))
-        )
-        if changed:
+        if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
             raise InputError(
                 f"{folder} was begun with other settings ({', '.join(changed)}). Restore them to continue, remove the "
                 "folder, or choose another output."
             )
-    write_json(path, now)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    else:
+        write_json(path, now)
 
 
 def share(places: Sequence[Path], compute: Callable[[int], None]) -> None:
@@ -223,7 +213,11 @@ def share(places: Sequence[Path], compute: Callable[[int], None]) -> None:
         waiting = True
         for k in missing:
             lock = places[k].with_name(f".{places[k].name}.lock")
-            with suppress(LockedError), held(lock, what=str(places[k])):
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(held(lock, what=str(places[k])))
+                except LockedError:
+                    continue  # another process is at it
                 waiting = False
                 if not places[k].exists():
                     compute(k)
@@ -238,9 +232,10 @@ def _start(box: Box, folder: Path) -> tuple[System, dict[str, int]]:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         density = PACKING_SCALE * min(box.density_g_cm3 or np.inf, realised.density_g_cm3)
-        draft = path.with_suffix(".part")
-        ase.io.write(draft, pack_box(realised.counts, density_g_cm3=density, seed=box.seed).to_atoms(), format="extxyz")
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            ase.io.write(
+                draft, pack_box(realised.counts, density_g_cm3=density, seed=box.seed).to_atoms(), format="extxyz"
+            )
     return System.from_atoms(read_atoms(path)), realised.counts
 
 

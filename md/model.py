@@ -1,9 +1,7 @@
 """The force field of a run: loading it, describing it, timing it."""
 
-import hashlib
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,8 @@ import torch
 from bamboo import checkpoint
 from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator as ForceFieldEvaluator
+from bamboo.evaluator import best_device
+from bamboo.files import file_sha256
 from bamboo.system import System
 from md.config import RunConfig
 from md.engine.state import Evaluator, MDState
@@ -33,9 +33,9 @@ class Model:
 
 def load_model(config: RunConfig) -> Model:
     """Load the force field of a configuration; raises ModelFileError and InputError."""
-    device = config.model.device
+    device: str = config.model.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device()
     elif device == "cuda" and not torch.cuda.is_available():
         raise InputError("model.device is cuda, but PyTorch finds no CUDA device. Use cpu or auto.")
     path = checkpoint.resolve(config.model.name)
@@ -55,12 +55,6 @@ def load_model(config: RunConfig) -> Model:
         "dtype": config.model.dtype,
     }
     return Model(evaluator, description, record)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def device_of(evaluator: Evaluator) -> torch.device:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase.data import chemical_symbols
+from ase.geometry import cell_to_cellpar
 
 from bamboo.elements import ATOMIC_MASSES
 from bamboo.errors import InputError
+from bamboo.files import write_text
 from bamboo.structure.molecules import molecule
 from bamboo.structure.packing import formal_bonds, molecule_names
 from bamboo.system import System
@@ -142,7 +144,11 @@ class ThermoRecorder:
 
 def _prepare(path: Path, step: int) -> int | None:
     """Return the step to resume a file behind, or None, with an old file removed, where the stage starts afresh."""
-    if step >= 0 and path.exists():
+    if step >= 0:
+        if not path.exists():
+            raise InputError(
+                f"{path} is gone, and the run is in the middle of it. Restore it, or begin in a new folder."
+            )
         return step
     path.unlink(missing_ok=True)
     return None
@@ -150,8 +156,8 @@ def _prepare(path: Path, step: int) -> int | None:
 
 def write_pdb(path: Path, system: System, topology: Topology) -> None:
     """Write one structure as PDB; molecules are residues. Fixed columns hold 99999 atoms, larger numbers wrap."""
-    lengths = np.linalg.norm(system.cell, axis=1)
-    lines = ["CRYST1" + "".join(f"{length:9.3f}" for length in lengths) + "  90.00  90.00  90.00 P 1           1"]
+    a, b, c, *angles = cell_to_cellpar(system.cell)
+    lines = [f"CRYST1{a:9.3f}{b:9.3f}{c:9.3f}" + "".join(f"{angle:7.2f}" for angle in angles) + " P 1           1"]
     for index, (number, position) in enumerate(zip(system.numbers, system.positions, strict=True)):
         residue = int(topology.molecule[index])
         symbol = chemical_symbols[number]
@@ -160,4 +166,4 @@ def write_pdb(path: Path, system: System, topology: Topology) -> None:
             f"HETATM{(index + 1) % 100000:5d} {symbol:<4s} {topology.molecule_names[residue][:3]:>3s} A"
             f"{(residue + 1) % 10000:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00          {symbol:>2s}"
         )
-    path.write_text("\n".join([*lines, "END"]) + "\n")
+    write_text(path, "\n".join([*lines, "END"]) + "\n")

@@ -1,6 +1,5 @@
 """From the files of a run to its properties: which stage answers which question, and how the answers are shown."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from ase.data import atomic_numbers
 
 from bamboo.errors import InputError
+from bamboo.files import write_json, write_text
 from md import protocol
 from md.analysis.conductivity import conductivity, green_kubo_conductivity
 from md.analysis.density import SHORTEST_PS, density
@@ -19,7 +19,7 @@ from md.analysis.diffusion import self_diffusion
 from md.analysis.estimate import Estimate, format_time, no_value
 from md.analysis.residence import residence_times
 from md.analysis.statistics import combine, equilibration_start, series_mean
-from md.analysis.structure import NO_SHELL, coordination_numbers, ion_pairing
+from md.analysis.structure import LIGANDS, NO_SHELL, coordination_numbers, ion_pairing
 from md.analysis.viscosity import viscosity
 from md.config import NPT, Minimise, RunConfig
 from md.protocol import TRANSPORT
@@ -29,7 +29,6 @@ from md.topology import Floats, Topology
 from md.trajectory import ThermoSeries, Trajectory
 
 FEWEST_FRAMES = 16
-LIGANDS = ("O", "F")  # elements that bind lithium in electrolytes
 
 
 def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protocol.Dynamics, Path]]:
@@ -278,7 +277,7 @@ def _equilibrium(series: Floats) -> tuple[int, bool]:
 def write_properties(folder: RunFolder, properties: dict[str, Estimate]) -> None:
     """Write properties.json."""
     content = {name: _finite(estimate.to_dict()) for name, estimate in properties.items()}
-    folder.properties.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder.properties, content)
 
 
 def property_table(properties: dict[str, Estimate]) -> list[str]:
@@ -308,7 +307,7 @@ def write_thermo_table(folder: RunFolder, config: RunConfig) -> None:
             rows = rows or [f"stage,{header}"]
             rows += [f"{path.name},{record}" for record in records]
     if rows:
-        (folder.path / "thermo.csv").write_text("\n".join(rows) + "\n")
+        write_text(folder.path / "thermo.csv", "\n".join(rows) + "\n")
 
 
 def _finite(fields: dict[str, object]) -> dict[str, object]:

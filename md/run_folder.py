@@ -9,11 +9,8 @@ be analysed as a run of its own; restart/, manifest.json and log.txt, of all tog
 
 import fcntl
 import json
-import os
 import platform
-import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bamboo.errors import InputError, LockedError
+from bamboo.errors import InputError
+from bamboo.files import held, write_json, write_text
 from md.config import RunConfig, dump_config, load_config
 
 RECORDED_VERSIONS = ("bamboo-md", "torch", "numpy", "ase", "h5py", "torch-pme", "vesin", "packmol", "stacie")
@@ -85,17 +83,24 @@ class RunFolder:
                     "Restore them to continue, or choose another folder."
                 )
         if source is not None:
-            shutil.copyfile(source, self.path / "input.yaml")
+            write_text(self.path / "input.yaml", source.read_text(encoding="utf-8"))
         self.write_config(config)
 
     def write_config(self, config: RunConfig) -> None:
         """Write resolved.yaml, which ``read_config`` reads."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self._resolved, dump_config(config))
+        write_text(self._resolved, dump_config(config))
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest, empty for a new folder."""
-        return json.loads(self._manifest.read_text()) if self._manifest.exists() else {}
+        if not self._manifest.exists():
+            return {}
+        try:
+            return dict(json.loads(self._manifest.read_text(encoding="utf-8")))
+        except ValueError:
+            raise InputError(
+                f"{self._manifest}: damaged. Remove it to continue; it holds the provenance only."
+            ) from None
 
     def update_manifest(self, **entries: Any) -> None:
         """Add entries to manifest.json: what ran, with which versions, on what machine."""
@@ -106,7 +111,7 @@ class RunFolder:
             "platform": platform.platform(),
         }
         content = {**base, **self.manifest(), "updated": now, **entries}
-        _write(self._manifest, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(self._manifest, content)
 
 
 def differences(old: RunConfig, new: RunConfig, *, begun: int) -> list[str]:
@@ -137,37 +142,6 @@ def flatten(value: Any, *, prefix: str = "") -> dict[str, Any]:
     for key, inner in items:
         flat |= flatten(inner, prefix=f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a crash leaves the old or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
-
-
-@contextmanager
-def held(path: Path, *, what: str) -> Iterator[None]:
-    """Hold a lock file; raises LockedError where another process does. It is free when this process ends, however."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        for patience in (0.05, 0.1, 0.0):  # s: `status` looks at the lock by holding it for an instant
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if patience:
-                    time.sleep(patience)
-        else:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise LockedError(
-                f"{what}: another run (process {owner}) works in this folder. Wait for it or choose another."
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def is_locked(folder: Path) -> bool:

@@ -22,13 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo import checkpoint, units
 from bamboo.errors import GuardError
-from bamboo.evaluator import Evaluator
+from bamboo.evaluator import Evaluator, best_device
+from bamboo.files import file_sha256, write_json
 from md.align import box_name, equilibrated_mean
 from md.analysis.structure import pair_distances
 from md.config import Molecules
 from md.experiment import Measurement, problems
-from md.liquid import Box, Stage, accept_settings, share, simulate, write_json
-from md.model import file_sha256
+from md.liquid import Box, Stage, accept_settings, share, simulate
 from md.quantities import Duration, Temperature
 from md.trajectory import ThermoSeries, Trajectory
 from md.yaml_model import Problem, load_yaml
@@ -120,7 +120,7 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig
         Stage("npt", time, pressure_bar=row.pressure / units.BAR),
     ]
     try:
-        simulate(box, stages, Evaluator(checkpoint.load(model)), folder)
+        simulate(box, stages, Evaluator(checkpoint.load(model), device=best_device()), folder)
     except GuardError as error:
         return {"stopped": str(error).splitlines()[0]}
     pressure = ThermoSeries.read(folder / "nvt" / "molecular" / "thermo.h5").pressure
@@ -151,7 +151,7 @@ def shell_distances(trajectory: Trajectory) -> np.ndarray:
 def heat(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, seed: int) -> dict[str, Any]:
     """Return how often a guard stopped the hot liquid, why, and how long it ran in all [ps]."""
     left, trips = config.hot_time / units.PICOSECOND / len(config.liquids), list[str]()
-    evaluator, ran = Evaluator(checkpoint.load(model)), 0.0
+    evaluator, ran = Evaluator(checkpoint.load(model), device=best_device()), 0.0
     while left > 0.0 and len(trips) < MOST_TRIPS:
         attempt = folder / f"{len(trips):02d}"
         box = Box(row.electrolyte, config.hot_temperature, config.atoms, seed + len(trips), row.density_g_cm3)

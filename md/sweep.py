@@ -28,7 +28,9 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from bamboo.checkpoint import zoo
 from bamboo.errors import CheckpointedStop
+from bamboo.files import file_sha256, write_json, write_text
 from md.composition import parse_composition
 from md.config import RunConfig, dump_config, folder_name, load_config
 from md.engine.signals import StopSignals
@@ -148,9 +150,14 @@ class Member:
         """Its configuration as YAML."""
         return dump_config(self.config)
 
-    @property
+    @cached_property
     def settings(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """SHA-256 of its configuration and of the files that it names: a model trained anew is another run."""
+        digest = hashlib.sha256(self.text.encode())
+        files = [zoo().get(name, Path(name)) for name in self.config.model_names]
+        for file in [*files, *([Path(self.config.structure)] if self.config.structure else [])]:
+            digest.update(file_sha256(file).encode() if file.is_file() else b"missing")
+        return digest.hexdigest()
 
     @property
     def outcome(self) -> Outcome | None:
@@ -174,7 +181,7 @@ class Member:
         """Write its configuration and read it back; raises InputError for what its run would refuse."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "member.yaml"
-        path.write_text(self.text, encoding="utf-8")
+        write_text(path, self.text)
         load_config(path)
 
     def start(self, *, threads: int) -> "Process":
@@ -208,10 +215,7 @@ class Process:
         if code is None:
             return None
         outcome = Outcome(code if code >= 0 else KILLED - code, self._reason(code), self.member.settings)
-        target = self.member.folder / "outcome.json"
-        draft = target.with_suffix(".tmp")
-        draft.write_text(json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, target)
+        write_json(self.member.folder / "outcome.json", asdict(outcome))
         return outcome
 
     def _reason(self, code: int) -> str:

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bamboo import __version__, units
 from bamboo.errors import InputError
+from bamboo.files import replacing
 from md.topology import Ensemble, Floats, Topology
 
 __all__ = ["THERMO", "Ensemble", "ThermoSeries", "ThermoWriter", "Topology", "Trajectory", "TrajectoryWriter"]
@@ -103,8 +104,7 @@ class _Writer:
         """Replace the file by a copy that ends at ``last_step``; the old one may come from a killed process."""
         if self.path.exists():
             _require_space(self.path, self.path.stat().st_size)
-        draft = self.path.with_name(self.path.name + ".part")
-        with open_file(self.path) as old, self._create(draft) as new:
+        with replacing(self.path) as draft, open_file(self.path) as old, self._create(draft) as new:
             for name, text in self._header.items():
                 if old[name][0].decode() != text:
                     raise InputError(f"{self.path} cannot be continued: its {name} differs from that of this run.")
@@ -115,7 +115,6 @@ class _Writer:
                 rows = max(1, BLOCK_BYTES // max(1, 8 * int(np.prod(shape))))
                 for start in range(0, keep, rows):
                     new[name][start : min(start + rows, keep)] = old[name][start : min(start + rows, keep)]
-        os.replace(draft, self.path)
 
     def _append(self, row: dict[str, ArrayLike]) -> None:
         for name, value in row.items():

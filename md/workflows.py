@@ -13,6 +13,7 @@ from rich.console import Console
 
 import bamboo
 from bamboo.errors import GuardError, InputError
+from bamboo.files import write_text
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, PICOSECOND
 from md import protocol
@@ -161,7 +162,7 @@ def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estim
     write_properties(folder, properties)
     write_thermo_table(folder, config)
     write_figures(folder, config, properties)
-    (folder.path / "CITATIONS.bib").write_text(bibliography(config), encoding="utf-8")
+    write_text(folder.path / "CITATIONS.bib", bibliography(config))
     return properties, property_table(properties)
 
 

@@ -7,7 +7,6 @@ interrupted and an uninterrupted run pass through the same losses.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +21,12 @@ from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
 from bamboo.errors import InputError
+from bamboo.files import replacing
 from bamboo.forcefield import ForceField
 from bamboo.learn.losses import LossWeights, loss_parts, total_loss
 from bamboo.learn.samples import EdgeBudgetSampler, unpack
+
+REPORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class Loop:
         fraction = (done - self.config.warmup) / (1.0 - self.config.warmup)
         return self.config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * fraction))
 
-    def run(self, listener: Callable[[Progress], None], *, report_seconds: float = 20.0) -> None:
-        """Optimise to the end; the listener hears of every epoch and, in between, every ``report_seconds``."""
+    def run(self, listener: Callable[[Progress], None]) -> None:
+        """Optimise to the end; the listener hears of every epoch and, in between, every ``REPORT_SECONDS``."""
         started, first_step = time.monotonic(), self.step
         saved = reported = started
         while self.epoch < self.config.epochs:
@@ -185,7 +187,7 @@ class Loop:
                 if self.state_path is not None and now - saved > self.config.save_seconds:
                     self.save(self.state_path)
                     saved = now
-                if now - reported > report_seconds:
+                if now - reported > REPORT_SECONDS:
                     tell(False)
                     reported = now
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
@@ -226,14 +228,13 @@ class Loop:
                 tensors |= {f"{kind}/{index}/{name}": value for name, value in moments.items()}
         header = {"epoch": self.epoch, "step": self.step, "step_in_epoch": self.step_in_epoch, "data": self.data}
         header |= self._settings() | {"trained": len(self.trained)}
-        unfinished = path.with_name(path.name + ".part")
         # clones: an average that was never updated shares its memory with the weights
-        save_file(
-            {name: value.detach().clone().contiguous() for name, value in tensors.items()},
-            str(unfinished),
-            metadata={"training": json.dumps(header)},
-        )
-        os.replace(unfinished, path)
+        with replacing(path) as draft:
+            save_file(
+                {name: value.detach().clone().contiguous() for name, value in tensors.items()},
+                str(draft),
+                metadata={"training": json.dumps(header)},
+            )
 
     def _settings(self) -> dict[str, Any]:
         return {"config": asdict(self.config), "weights": asdict(self.weights)}

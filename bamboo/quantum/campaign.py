@@ -15,17 +15,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bamboo.errors import InputError, suggest
+from bamboo.files import held
 from bamboo.quantum.compositions import NAMES
 from bamboo.quantum.conformers import Library, build_library
-from bamboo.quantum.dataset import append_frames, count_table, read_frames, write_frames
+from bamboo.quantum.dataset import append_frames, count_table, read_frames, read_provenance, write_frames
 from bamboo.quantum.dft import DFTLabeller
 from bamboo.quantum.labels import Labels
 from bamboo.quantum.sampling import RECIPES, Outcome, label_structure
@@ -38,6 +41,7 @@ PLAN = {
     "large": 150, "periodic": 100,
 }  # fmt: skip
 MAX_SHARD_BYTES = 4_000_000
+RECORD = "finished.jsonl"  # of a folder: a line for each job
 LICENCE = "CC0-1.0"
 
 
@@ -111,18 +115,14 @@ def _dataset_structures(path: str | Path) -> dict[str, list[Structure]]:
     for frame in read_frames(path):
         structure = Structure(frame.system, frame.kind, frame.sampling, frame.temperature_K)
         groups.setdefault(frame.trajectory, []).append(structure)
-    named = {}
-    for trajectory, members in groups.items():  # another choice of frames from the same trajectory is another job
-        digest = hashlib.sha256(b"".join(member.system.positions.tobytes() for member in members))
-        named[f"{trajectory}/{digest.hexdigest()[:8]}"] = members
-    return named
+    return {f"{trajectory}/{_digest(members)}": members for trajectory, members in groups.items()}
 
 
 def _extxyz_structures(path: str | Path) -> dict[str, list[Structure]]:
     from ase.io import iread
 
     groups = {}
-    for k, atoms in enumerate(iread(path, index=":", format="extxyz")):
+    for atoms in iread(path, index=":", format="extxyz"):
         system, info = System.from_atoms(atoms), atoms.info
         structure = Structure(
             system,
@@ -130,14 +130,32 @@ def _extxyz_structures(path: str | Path) -> dict[str, list[Structure]]:
             sampling=str(info.get("sampling", "liquid")),
             temperature_K=float(info.get("temperature_K", float("nan"))),
         )
-        groups[f"{info.get('trajectory', Path(path).stem)}/{k:05d}"] = [structure]
+        groups[f"{info.get('trajectory', Path(path).stem)}/{_digest([structure])}"] = [structure]
     return groups
+
+
+def _digest(structures: Sequence[Structure]) -> str:
+    """Tell one choice of structures of a trajectory from another, which is another job."""
+    return hashlib.sha256(b"".join(each.system.positions.tobytes() for each in structures)).hexdigest()[:8]
 
 
 def run_campaign(jobs: Sequence[Job], folder: str | Path, *, workers: int, seed: int, library: bool = True) -> None:
     """Run the jobs that are not finished yet and append what they give; prints progress and the time left."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder / ".lock", what=str(folder)):
+        _refuse_other_method(jobs, folder)
+        _run(jobs, folder, workers=workers, seed=seed, library=library)
+
+
+def _refuse_other_method(jobs: Sequence[Job], folder: Path) -> None:
+    """Raise InputError where a folder holds labels of another method: names do not tell them apart."""
+    for shard in shards(folder)[:1]:
+        there, ours = read_provenance(shard).get("method", ""), {METHODS[job.method].description for job in jobs}
+        if there and ours - {there}:
+            raise InputError(f"{folder} holds labels of {there}. Choose another folder for those of another method.")
+
+
+def _run(jobs: Sequence[Job], folder: Path, *, workers: int, seed: int, library: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers, which import the numerical libraries anew
     if library and not (folder / "conformers.npz").exists():
         print("building the library of conformers ...", flush=True)
@@ -170,17 +188,19 @@ def shards(folder: Path) -> list[Path]:
 
 def finished_jobs(folder: Path) -> set[str]:
     """Return the names of finished jobs: those recorded, and those with stored frames (killed before recording)."""
-    record = folder / "finished.jsonl"
-    names = set()
-    if record.exists():
-        for line in record.read_text().splitlines():
-            try:
-                names.add(str(json.loads(line)["job"]))
-            except (json.JSONDecodeError, KeyError):
-                continue  # a line cut short by a kill: its frames, if any, are found below
+    names = {str(entry["job"]) for entry in _entries(folder)}
     for shard in shards(folder):
         names |= {frame.trajectory for frame in read_frames(shard)}
     return names
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """Return what is recorded of finished jobs; a line that a kill cut short is no entry."""
+    record, entries = folder / RECORD, list[dict[str, Any]]()
+    for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
+        with suppress(json.JSONDecodeError):  # the frames of such a job, if any, are in the shards
+            entries.append(json.loads(line))
+    return entries
 
 
 def summary(folder: str | Path) -> str:
@@ -192,7 +212,7 @@ def summary(folder: str | Path) -> str:
         "",
         f"{'recipe':<12} {'jobs':>6} {'frames':>7} {'unconverged':>12} {'reacted':>8} {'rejected':>9} {'s/job':>7}",
     ]
-    entries = [json.loads(line) for line in (folder / "finished.jsonl").read_text().splitlines()]
+    entries = _entries(folder)
     for recipe in sorted({entry["recipe"] for entry in entries}):
         rows = [entry for entry in entries if entry["recipe"] == recipe]
         frames_, bad, reacted, rejected, seconds = (
@@ -261,5 +281,7 @@ def _record(folder: Path, job: Job, outcome: Outcome, seconds: float) -> None:
             append_frames(files[-1], outcome.frames)
     entry = {"job": job.name, "recipe": job.recipe, "frames": len(outcome.frames), "seconds": round(seconds, 2)}
     entry |= {"unconverged": outcome.unconverged, "reacted": outcome.reacted, "rejected": outcome.rejected}
-    with open(folder / "finished.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    record = folder / RECORD
+    cut_short = record.exists() and not record.read_bytes().endswith(b"\n")
+    with open(record, "a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(entry) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bamboo.files import replacing
 from bamboo.quantum.dynamics import langevin, prepare, relax
 from bamboo.structure.molecules import conformers, molecule
 from bamboo.system import System
@@ -32,7 +33,8 @@ class Library:
 
     def save(self, path: str | Path) -> None:
         """Write the library to a NumPy archive, one array (n_conformers, n_atoms, 3) per molecule."""
-        np.savez_compressed(path, **{name: np.stack(choices) for name, choices in self.geometries.items()})  # type: ignore[arg-type]
+        with replacing(Path(path)) as draft:
+            np.savez_compressed(draft, **{name: np.stack(choices) for name, choices in self.geometries.items()})  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> "Library":

@@ -13,7 +13,6 @@ single precision, so label the rounded positions (``round_positions``): the labe
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bamboo.errors import InputError
+from bamboo.files import replacing
 from bamboo.quantum.labels import Labels
 from bamboo.system import System
 
@@ -113,10 +113,7 @@ def write_frames(path: str | Path, frames: Sequence[Frame], *, provenance: Mappi
 
     provenance  attributes of the file: program versions, command, licence, ...
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with h5py.File(unfinished, "w") as file:
+    with replacing(Path(path)) as draft, h5py.File(draft, "w") as file:
         for name, (kind, shape, unit) in _ATOM_FIELDS.items():
             _create(file, f"atoms/{name}", kind, shape=shape, unit=unit, rows=8192)
         for name, (kind, shape, unit) in _FRAME_FIELDS.items():
@@ -125,7 +122,6 @@ def write_frames(path: str | Path, frames: Sequence[Frame], *, provenance: Mappi
         file["frames/atom_offset"].resize(1, axis=0)
         file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, **(provenance or {})})
         _extend(file, frames)
-    _replace(unfinished, path)
 
 
 def append_frames(path: str | Path, frames: Sequence[Frame]) -> None:
@@ -134,13 +130,12 @@ def append_frames(path: str | Path, frames: Sequence[Frame]) -> None:
     Works on a copy, so keep files that grow often at a few MB (several shards) and merge them at the end.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
     if not path.exists():
         raise InputError(f"{path}: no such file. Create it with write_frames.")
-    shutil.copyfile(path, unfinished)
-    with _open(unfinished, "r+") as file:
-        _extend(file, frames)
-    _replace(unfinished, path)
+    with replacing(path) as draft:
+        shutil.copyfile(path, draft)
+        with _open(draft, "r+") as file:
+            _extend(file, frames)
 
 
 def read_frames(path: str | Path) -> list[Frame]:
@@ -298,10 +293,3 @@ def _open(path: Path, mode: str) -> h5py.File:
         file.close()
         raise InputError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}. Update it.")
     return file
-
-
-def _replace(unfinished: Path, path: Path) -> None:
-    """Move a complete file into place; the data reach the disk before the name does."""
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -64,14 +64,13 @@ class DFTLabeller:
     ``last`` is the newest result. Frames of one trajectory, in their order, need the fewest cycles.
     """
 
-    def __init__(self, *, grid_level: int = GRID_LEVEL, basis: str = BASIS) -> None:
-        self.grid_level, self.basis = grid_level, basis
+    def __init__(self) -> None:
         self.last: DFTResult | None = None
 
     def __call__(self, system: System) -> Labels:
         """Return the labels of one structure; errors as of ``label_dft``."""
-        guess = self.last.guess if self.last is not None and self.last.guess.fits(system, basis=self.basis) else None
-        self.last = label_dft(system, guess=guess, grid_level=self.grid_level, basis=self.basis)
+        guess = self.last.guess if self.last is not None and self.last.guess.fits(system, basis=BASIS) else None
+        self.last = label_dft(system, guess=guess)
         gc.collect()  # PySCF's objects refer to each other, and the collector does not see how large their arrays are
         return self.last.labels
 
@@ -82,7 +81,6 @@ def label_dft(
     guess: DensityGuess | None = None,
     grid_level: int = GRID_LEVEL,
     basis: str = BASIS,
-    max_memory_MB: float = 4000.0,
 ) -> DFTResult:
     """Label one closed-shell cluster with B3LYP at its positions rounded to single precision.
 
@@ -99,7 +97,7 @@ def label_dft(
     _check(system, guess, basis)
     engine = _engine()
     numbers, positions = system.numbers, round_positions(system.positions)
-    molecule = _molecule(engine, system, positions, basis=basis, max_memory_MB=max_memory_MB)
+    molecule = _molecule(engine, system, positions, basis=basis)
     try:
         mean_field = engine.solve(molecule, grid_level=grid_level, orbitals=None if guess is None else guess.orbitals)
         if not mean_field.converged:
@@ -156,16 +154,12 @@ def _engine() -> ModuleType:
     return kohn_sham
 
 
-def _molecule(
-    engine: ModuleType, system: System, positions: NDArray[np.float64], *, basis: str, max_memory_MB: float
-) -> object:
+def _molecule(engine: ModuleType, system: System, positions: NDArray[np.float64], *, basis: str) -> object:
     from pyscf.lib.exceptions import BasisNotFoundError
 
     charge = round(system.total_charge)
     try:
-        return engine.build_molecule(
-            system.numbers.tolist(), positions / BOHR, charge=charge, basis=basis, max_memory_MB=max_memory_MB
-        )
+        return engine.build_molecule(system.numbers.tolist(), positions / BOHR, charge=charge, basis=basis)
     except BasisNotFoundError as error:
         raise InputError(f"PySCF has no basis '{basis}' for all elements of {_name(system)}: {error}.") from error
 

@@ -34,12 +34,14 @@ SMALL_FUNCTION = 1.0e-7  # basis functions that stay below this in a block of gr
 BLOCK = 1024  # grid points at a time: the basis functions of a block stay in the cache of a core
 SECOND = ((4, 5, 6), (5, 7, 8), (6, 8, 9))  # where PySCF keeps d^2/dx_a dx_b: rows xx xy xz yy yz zz from 4 on
 
+MAX_MEMORY_MB = 4000  # what PySCF plans its batches for
 
-def build_molecule(numbers: Sequence[int], positions: Array, *, charge: int, basis: str, max_memory_MB: float) -> Any:
+
+def build_molecule(numbers: Sequence[int], positions: Array, *, charge: int, basis: str) -> Any:
     """Return the PySCF molecule; positions (n_atoms, 3) [bohr]; beyond Kr the core potential of the basis is used."""
     atoms = [(int(number), tuple(position)) for number, position in zip(numbers, positions, strict=True)]
     core = {chemical_symbols[number]: basis for number in set(numbers) if number > 36}
-    names = {"unit": "Bohr", "charge": charge, "basis": basis, "max_memory": max_memory_MB}
+    names = {"unit": "Bohr", "charge": charge, "basis": basis, "max_memory": MAX_MEMORY_MB}
     return gto.M(atom=atoms, ecp=core, **names, verbose=0, parse_arg=False)
 
 

@@ -20,7 +20,7 @@ from md.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
-LIGANDS = ("N", "O", "F", "Cl", "Br", "I")  # elements by which anions bind a cation
+LIGANDS = ("N", "O", "F", "Cl", "Br", "I")  # elements that bind a cation
 BIN_WIDTH = 0.05  # Å
 NEAREST_SHELL = 3.5  # Å; a g(r) that first exceeds 1 beyond has no contact shell
 DEEPEST_MINIMUM = 0.5  # to which g(r) must fall behind its first peak to end a shell

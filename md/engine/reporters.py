@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from bamboo.errors import InputError
+from bamboo.files import write_text
 from bamboo.units import BAR
 from md.engine.state import MDState
 
@@ -88,9 +89,7 @@ class ThermoTable:
             return
         complete = [line for line in self.path.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
         kept = [line for line in complete if int(line.split(",", 1)[0]) <= step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join([self._header, *kept]))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join([self._header, *kept]))
 
     @property
     def _header(self) -> str:
@@ -120,7 +119,7 @@ class WallTimeLimit:
 class ProgressReport:
     """How far a stage has come, averaged over replicas.
 
-    steps_per_second and eta_s refer to this call of ``Simulation.run``; eta_s is its remaining seconds.
+    eta_s is what remains of this call of ``Simulation.run`` in seconds.
     """
 
     stage: str
@@ -130,7 +129,6 @@ class ProgressReport:
     temperature_K: float
     pressure_bar: float
     density_g_cm3: float
-    steps_per_second: float
     ns_per_day: float
     eta_s: float
 

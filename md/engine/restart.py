@@ -5,7 +5,6 @@ A slot is valid only while the checksum fits, so a crash in the middle of a writ
 
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
 from bamboo.errors import InputError
+from bamboo.files import replacing, write_json
 from bamboo.system import Batch
 from md.engine.state import MDState
 
@@ -48,8 +48,9 @@ def save(folder: Path, state: MDState, *, info: dict[str, Any] | None = None) ->
         "info": info or {},
     }
     header["sha256"] = _digest(header, data)
-    _write_atomically(folder / f"{slot}.safetensors", data)
-    _write_atomically(folder / f"{slot}.json", json.dumps(header, indent=1).encode())
+    with replacing(folder / f"{slot}.safetensors") as draft:
+        draft.write_bytes(data)
+    write_json(folder / f"{slot}.json", header)
     return folder / f"{slot}.json"
 
 
@@ -123,18 +124,3 @@ def _digest(header: dict[str, Any], data: bytes) -> str:
     """Checksum of a slot: the tensors and all of the JSON but the checksum itself."""
     notes = json.dumps({name: value for name, value in header.items() if name != "sha256"}, sort_keys=True)
     return hashlib.sha256(notes.encode() + data).hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write under another name, flush to the disk, rename: the file is old or new, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -176,7 +176,6 @@ class Simulation:
             temperature_K=float(state.temperature_K().mean()),
             pressure_bar=float(state.pressure().mean()) / BAR,
             density_g_cm3=float(state.density_g_cm3.mean()),
-            steps_per_second=rate,
             ns_per_day=rate * self.integrator.timestep_fs * 86400.0 * 1.0e-6,
             eta_s=(last - state.step) / rate,
         )

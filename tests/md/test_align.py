@@ -138,6 +138,16 @@ def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeyp
         align(load_align_config(path).model_copy(update={"atoms": 30}), say=lambda _: None)
 
 
+def test_a_liquid_whose_density_was_corrected_since_is_not_taken_as_measured(toy: Any, tmp_path: Path) -> None:
+    config = load_align_config(toy(name="a", pressure=3000, tolerance=0.5))
+    model, (row,), common = tmp_path / "argon.safetensors", config.aligned_rows(), {"config": config, "seed": 1}
+    found = md.align.measure_all(model, [row], tmp_path / "place", say=lambda _: None, **common)
+    assert md.align.measure_all(model, [row], tmp_path / "place", say=lambda _: None, **common) == found
+    for change in ({"density": 1.01 * row.density}, {"pressure": 2.0 * row.pressure}):
+        with pytest.raises(InputError, match=r"the table said otherwise of argon, 340 K"):
+            md.align.measure_all(model, [row.model_copy(update=change)], tmp_path / "place", say=print, **common)
+
+
 def test_what_lies_beyond_the_part_that_is_looked_at_does_not_count(
     toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

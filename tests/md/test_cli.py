@@ -77,7 +77,7 @@ def test_exit_codes(here: Path, error: BaseException, code: int, capsys: pytest.
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
     known = isinstance(error, BambooError | KeyboardInterrupt | OSError)
-    assert known or "Traceback" in (here / "error.log").read_text()
+    assert known or "Traceback" in next(here.glob("bamboo-md-error-*.log")).read_text()
     assert "Traceback" not in message
 
 

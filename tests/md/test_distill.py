@@ -91,6 +91,10 @@ def test_student_learns_the_mean_and_a_second_call_repeats_nothing(
     monkeypatch.setattr(md.distill, "simulate", lambda *_: pytest.fail("simulated again"))
     monkeypatch.setattr(md.distill, "train_missing", lambda *_, **__: None)
     assert distill(load_distill_config(toy), say=said.append) == report
+    learnt = (tmp_path / "student.safetensors").read_bytes()
+    (tmp_path / "student.safetensors").unlink()  # is put back from the finished training
+    assert distill(load_distill_config(toy), say=said.append) == report
+    assert (tmp_path / "student.safetensors").read_bytes() == learnt
     with pytest.raises(InputError, match=r"begun with other settings \(frames\)"):
         distill(load_distill_config(toy).model_copy(update={"frames": 9}), say=said.append)
 
@@ -123,7 +127,12 @@ def test_a_teacher_that_fails_leaves_its_frames(toy: Path, tmp_path: Path, monke
         raise GuardError("nvt stopped: too hot")
 
     monkeypatch.setattr(md.distill, "simulate", stops)
-    monkeypatch.setattr(md.distill, "train", lambda *_, **__: {})  # the student; all teachers are there
+
+    def untaught(recipe: Any, **_: Any) -> dict[str, Any]:  # all teachers are there
+        recipe.output.write_bytes((tmp_path / "t0.safetensors").read_bytes())
+        return {}
+
+    monkeypatch.setattr(md.distill, "train", untaught)
     config = load_distill_config(toy).model_copy(update={"teachers": (tmp_path / "t0.safetensors",) * 1 + (
         tmp_path / "t1.safetensors", tmp_path / "t1b.safetensors")})  # fmt: skip
     (tmp_path / "t1b.safetensors").write_bytes((tmp_path / "t1.safetensors").read_bytes())

@@ -136,7 +136,8 @@ def test_bad_configurations_are_refused(toy: Path, tmp_path: Path, old: str, new
 WORKER = """
 import json, sys, time
 from pathlib import Path
-from md.liquid import share, write_json
+from bamboo.files import write_json
+from md.liquid import share
 folder, name = Path(sys.argv[1]), sys.argv[2]
 places = [folder / f"{k}.json" for k in range(6)]
 def compute(k):

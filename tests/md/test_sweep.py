@@ -192,6 +192,18 @@ def test_the_signal_before_the_limit_ends_a_task_in_a_checkpoint_and_the_next_co
     assert summary([one])[1] == 75
 
 
+def test_a_model_trained_anew_makes_another_run(
+    settings: str, tmp_path: Path, argon_model: Callable[..., Path]
+) -> None:
+    model = argon_model(tmp_path / "own.safetensors")
+    file = write(tmp_path, SWEEP.format(model))
+    before = [member.settings for member in members_of(load_sweep(file), tmp_path)]
+    assert before == [member.settings for member in members_of(load_sweep(file), tmp_path)]
+    argon_model(model, seed=3)
+    after = [member.settings for member in members_of(load_sweep(file), tmp_path)]
+    assert len(set(before + after)) == 2 * len(before)
+
+
 def test_an_error_in_the_sweep_ends_its_processes(settings: str, tmp_path: Path) -> None:
     member = members_of(load_sweep(write(tmp_path, settings)), tmp_path)[0]
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

@@ -92,9 +92,7 @@ def test_potential_agrees_with_exact_integrals():
     from bamboo.quantum import kohn_sham
 
     system = cluster(BENT)
-    molecule = kohn_sham.build_molecule(
-        system.numbers.tolist(), system.positions / BOHR, charge=0, basis="def2-SVPD", max_memory_MB=2000
-    )
+    molecule = kohn_sham.build_molecule(system.numbers.tolist(), system.positions / BOHR, charge=0, basis="def2-SVPD")
     mean_field = kohn_sham.solve(molecule, grid_level=1)
     points = potential_points(system.numbers, system.positions, spacing_A=1.0) / BOHR
     electrons = np.einsum("pmn,mn->p", molecule.intor("int1e_grids", grids=points), mean_field.make_rdm1())

@@ -211,15 +211,24 @@ def test_a_stopped_campaign_continues(tmp_path):
         atoms.info |= {"trajectory": "md", "kind": "periodic" if system.pbc else "neutral", "temperature_K": 300.0}
         write_ase(tmp_path / "in.xyz", atoms, format="extxyz", append=k > 0)
     jobs = structure_jobs(tmp_path / "in.xyz")
-    assert sorted(job.name for job in jobs) == ["md/00000", "md/00001"]
+    first, second = (job.name for job in jobs)
+    assert first.startswith("md/") and first != second and structure_jobs(tmp_path / "in.xyz")[0].name == first
     folder = tmp_path / "out"
-    run_campaign([job for job in jobs if job.name == "md/00000"], folder, workers=1, seed=1, library=False)
+    run_campaign(jobs[:1], folder, workers=1, seed=1, library=False)
     record = folder / "finished.jsonl"
     record.write_text(record.read_text()[:20])  # cut short
-    assert finished_jobs(folder) == {"md/00000"}
+    assert finished_jobs(folder) == {first}
     run_campaign(jobs, folder, workers=1, seed=1, library=False)
     frames = read_frames(folder / "shard-000.h5")
-    assert [frame.trajectory for frame in frames] == ["md/00000", "md/00001"]
+    assert [frame.trajectory for frame in frames] == [first, second]
+    assert "label" in summary(folder) and finished_jobs(folder) == {first, second}  # a new line after the one cut short
+    boxes[0].positions[0, 0] += 0.1
+    write_ase(tmp_path / "in.xyz", boxes[0].to_atoms(), format="extxyz")
+    assert structure_jobs(tmp_path / "in.xyz")[0].name not in finished_jobs(folder)  # edited: another job
+    other = [Job("md/other", "label", jobs[0].structures, "dft")]
+    with pytest.raises(InputError, match=r"holds labels of GFN2-xTB.*another method"):
+        run_campaign(other, folder, workers=1, seed=1, library=False)
+    assert summary(tmp_path / "empty").splitlines()[-1].startswith("recipe")
     assert frames[1].kind == "periodic" and frames[1].labels.virial is not None and frames[1].temperature_K == 300.0
     assert frames[0].system.molecule is not None and frames[0].sampling == "liquid"
 

@@ -230,7 +230,6 @@ def report(step: int) -> ProgressReport:
         temperature_K=299.0,
         pressure_bar=12.0,
         density_g_cm3=1.271,
-        steps_per_second=10.0,
         ns_per_day=0.42,
         eta_s=16020.0,
     )
