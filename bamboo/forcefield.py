@@ -32,7 +32,8 @@ class ForceFieldConfig:
     dispersion        shape of the pair dispersion
     repulsion         add the fixed short-range wall (absent in imported published models)
     charge_response   "full": forces are the exact gradient, also through the charges; "frozen": charges are held
-                      fixed when the Coulomb energy is differentiated, as published (energy is then not conserved)
+                      fixed when the energy is differentiated, in the Coulomb and the electronegativity terms, as
+                      published (energy is then not conserved)
     charge_limit      e, bound of an atomic charge before the total charge is shared out (published: 2; Mulliken
                       charges of sulfur in FSI- reach 1.9 and would sit in the flat part of the tanh)
     """

@@ -51,12 +51,17 @@ BROKEN = 0.25  # a density error this large, relative, is an error of input or a
 
 
 class AlignWeights(WeightsBlock):
-    """Weights of the loss: what must stay weighs more than in training, or clusters pay for the liquids."""
+    """Weights of the loss: what must stay weighs more than in training, or clusters pay for the liquids.
+
+    The sum of raw charges is measured against the total charge, not against the present model: it has no weight, or
+    the charges would move although no pressure asks for it.
+    """
 
     forces: Annotated[float, Field(ge=0)] = 10.0
     energy: Annotated[float, Field(ge=0)] = 2.0
     molecular_forces: Annotated[float, Field(ge=0)] = 2.0
     molecular_virial: Annotated[float, Field(gt=0)] = 1.0
+    raw_charge: Annotated[float, Field(ge=0)] = 0.0
 
 
 class AlignConfig(BaseModel):
@@ -244,6 +249,7 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig,
         "pressure_measured": target_bar,
         "pressure_bar": pressure.value,
         "pressure_stderr_bar": pressure.stderr,
+        "pressure_sigma_bar": pressure.sigma,
         "excess_bar": excess_bar,
         "density_error": middle,
         "density_stderr": (low - high) / 2.0,
@@ -270,8 +276,8 @@ def wanted_shift(row: Mapping[str, Any], before: Mapping[str, Any] | None = None
     """
     if before is None:
         return -float(row["excess_bar"])
-    expected = before["pressure_stderr_bar"] ** 2 + (UNSURE * before["excess_bar"]) ** 2
-    return -float(row["excess_bar"] * expected / (expected + row["pressure_stderr_bar"] ** 2))
+    expected = before["pressure_sigma_bar"] ** 2 + (UNSURE * before["excess_bar"]) ** 2
+    return -float(row["excess_bar"] * expected / (expected + row["pressure_sigma_bar"] ** 2))
 
 
 def density_error(density: float, strain: float) -> float:

@@ -122,8 +122,8 @@ class MolecularRecorder(ThermoRecorder):
     def __init__(self, portions: Sequence[Portion], **common: Any) -> None:
         super().__init__([replace(each, folder=each.folder / "molecular") for each in portions], **common)
 
-    def report(self, state: MDState) -> None:
-        super().report(as_rigid(state))
+    def pressure(self, state: MDState) -> torch.Tensor:
+        return as_rigid(state).pressure_tensor()
 
 
 def as_rigid(state: MDState) -> MDState:

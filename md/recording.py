@@ -116,6 +116,10 @@ class ThermoRecorder:
             writer = ThermoWriter(path, n_replicas=portion.n_replicas, ensemble=self._ensemble, resume_step=resume_step)
             self._writers.append(writer)
 
+    def pressure(self, state: MDState) -> torch.Tensor:
+        """Return the pressure tensor to write, (n_replicas, 3, 3) eV/Å^3."""
+        return state.pressure_tensor()
+
     def report(self, state: MDState) -> None:
         values = {
             "temperature_K": state.temperature_K(),
@@ -124,7 +128,7 @@ class ThermoRecorder:
             "potential_energy": state.energy,
             "kinetic_energy": state.kinetic_energy(),
             "conserved_energy": state.conserved_energy,
-            "pressure": state.pressure_tensor(),
+            "pressure": self.pressure(state),
             "charge_current": charge_current(state, self._charges.to(state.device)),
             "dipole": molecular_dipole(state),
         }

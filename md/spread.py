@@ -5,7 +5,8 @@ from the same boxes. For each group: the standard deviation over its models of t
 the density, and of the distance of Li+ from its first shell; and how often a guard stops a hot liquid.
 
 What sampling adds to the variance over models is subtracted: sigma^2 = sum_k (x_k - <x>)^2 / (n - 1) - <s_k^2>, with
-the standard error s_k of x_k. Where sampling explains all of it, sigma is 0.
+the standard error s_k of x_k, not widened for readers. Variances are averaged over liquids before the root is taken;
+where sampling explains all of it, sigma is 0.
 
 All work lies in the folder ``output``: the same command again continues, and started more than once at the same time
 its processes share the work.
@@ -131,8 +132,10 @@ def measure(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig
     shell = shell_distances(Trajectory.read(folder / "nvt" / "traj.h5"))
     if len(shell):
         series["shell_A"] = shell
-    means = {name: equilibrated_mean(values)[0] for name, values in series.items()}
-    return {name: {"value": mean.value, "stderr": mean.stderr} for name, mean in means.items()}
+    found = {name: equilibrated_mean(values) for name, values in series.items()}
+    return {
+        name: {"value": mean.value, "sigma": mean.sigma, "drifts": drifts} for name, (mean, drifts) in found.items()
+    }
 
 
 def shell_distances(trajectory: Trajectory) -> np.ndarray:
@@ -167,13 +170,14 @@ def heat(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, s
 
 
 def standard_deviation(means: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the standard deviation of means ("value", "stderr") less what sampling adds, "spread"; and that.
+    """Return the standard deviation of means ("value", "sigma") less what sampling adds, "spread"; and that.
 
-    spread^2 = sum_k (x_k - <x>)^2 / (n - 1) - sampling^2, at least 0;  sampling^2 = <s_k^2>
+    variance = sum_k (x_k - <x>)^2 / (n - 1) - sampling^2, below 0 by chance;  sampling^2 = <sigma_k^2>
+    spread = sqrt(variance), at least 0
     """
-    sampling = float(np.mean([mean["stderr"] ** 2 for mean in means]))
-    observed = float(np.var([mean["value"] for mean in means], ddof=1))
-    return {"spread": math.sqrt(max(observed - sampling, 0.0)), "sampling": math.sqrt(sampling)}
+    sampling = float(np.mean([mean["sigma"] ** 2 for mean in means]))
+    variance = float(np.var([mean["value"] for mean in means], ddof=1)) - sampling
+    return {"spread": math.sqrt(max(variance, 0.0)), "variance": variance, "sampling": math.sqrt(sampling)}
 
 
 def _report(config: SpreadConfig, results: Mapping[Task, Mapping[str, Any]]) -> dict[str, Any]:
@@ -194,10 +198,17 @@ def _report(config: SpreadConfig, results: Mapping[Task, Mapping[str, Any]]) -> 
         groups[group] = {
             "liquids": liquids,
             "spread": {
-                key: math.sqrt(np.mean([each[key]["spread"] ** 2 for each in liquids.values() if key in each]))
+                key: math.sqrt(max(np.mean([e[key]["variance"] for e in liquids.values() if key in e]), 0.0))
                 for key in QUANTITIES
                 if any(key in each for each in liquids.values())
             },
+            "drifting": sum(
+                one[key]["drifts"]
+                for each in liquids.values()
+                for one in each["models"].values()
+                for key in QUANTITIES
+                if key in one
+            ),
             "trips": {name: sum(run["trips"] for run in runs) for name, runs in hot.items()},
             "hot_ps": {name: sum(run["ran_ps"] for run in runs) for name, runs in hot.items()},
             "hot": hot,
@@ -218,6 +229,8 @@ def spread_table(report: Mapping[str, Any]) -> str:
         lines.append(f"{group:<12}{'root mean square over liquids':<44}" + "".join(f"{cell:>24}" for cell in cells))
     lines.append("(standard deviation over models; in brackets the standard error of one, which is already left out)")
     for group, known in report["groups"].items():
+        if known["drifting"]:
+            lines.append(f"{group}: {known['drifting']} series still drifted, half of each was taken")
         ran = sum(known["hot_ps"].values())
         trips = ", ".join(f"{name} {count}" for name, count in known["trips"].items())
         lines.append(f"{group}: guards tripped at {report['hot_temperature_K']:g} K in {ran:.0f} ps: {trips}")
@@ -232,7 +245,7 @@ def _told(found: Mapping[str, Any]) -> str:
     if "trips" in found:
         return f"{found['trips']} guards tripped in {found['ran_ps']:.3g} ps"
     means = {
-        name: f"{found[name]['value']:.4g} ± {found[name]['stderr']:.2g} {unit}"
+        name: f"{found[name]['value']:.4g} ± {found[name]['sigma']:.2g} {unit}"
         for name, unit in QUANTITIES.items()
         if name in found
     }

@@ -1,6 +1,7 @@
 """Density alignment: a liquid's pressure is shifted by a wanted amount, and all else is held where it was.
 
-What must change. In equilibrium P V = N_mol k T + tr(W_mol) / 3 with the molecular virial
+What must change. In equilibrium P V = (N_mol - 1) k T + tr(W_mol) / 3, with the centre of mass of the box at rest, and
+the molecular virial, symmetrised,
 
     W_mol = W - sum_i F_i (x) (r_i - R_m(i)),      W = -dE/dstrain,  R_m the centre of mass of atom i's molecule,
 
@@ -14,9 +15,9 @@ The loss. With the present model's own predictions as labels (index 0), over fra
     L = w_P H((W_mol - W_mol,0 - V s 1) / sqrt(n)) + w_F H(F - F_0) + w_E H((E - E_0) / sqrt(n)) + w_q H(q - q_0) + ...
 
 (H and the averages of ``learn/losses.py``; the first term for liquids only). All but the wanted shift is zero at the
-start, also its gradient: nothing moves that the pressure does not ask for, and errors to quantum labels stay what they
-were. For s = 0 the minimum is the present model, which is returned as it is. The liquid answers the shift by moving,
-so measure again and repeat (``md/align.py``).
+start, also its gradient (the sum of raw charges, which is not, has no weight here): nothing moves that the pressure
+does not ask for, and errors to quantum labels stay what they were. For s = 0 the minimum is the present model, which is
+returned as it is. The liquid answers the shift by moving, so measure again and repeat (``md/align.py``).
 """
 
 from collections.abc import Callable, Sequence

@@ -101,6 +101,7 @@ class Layer(nn.Module):
     """One layer of the transformer; ``reads_vectors`` and ``writes_vectors`` tell first, middle and last layer apart.
 
     y = LayerNorm(h);  q, k, v = W_qkv y + b;  m, M = messages(q, k, v)
+    (GEDT: m <- m + SiLU(W_g m))
     U1, U2, U3 = W_vec v;  s = sum_xyz U1 * U2;  o1, o2, o3 = W_o m + b
     h <- h + s * o2 + o3;  v <- v + U3 * o1 + M
     The first layer has v = 0 and needs o3 only; the last writes no vectors and needs neither U3 nor o1.

@@ -20,8 +20,9 @@ def cosine_envelope(distance: torch.Tensor, cutoff: float) -> torch.Tensor:
 class RadialBasis(nn.Module):
     """Exponential Gaussians phi_k(r) = f(r) exp(-beta_k (exp(-5 r / r_c) - mu_k)^2), with trainable mu and beta.
 
-    Initial mu are spaced evenly between exp(-5) and 1, initial beta = (2/K (1 - exp(-5)))^-2 (PhysNet's basis; Unke and
-    Meuwly, JCTC 15, 3678 (2019)).
+    k = 1..K, K = ``n_radial``; r and r_c in Å. Initial mu are spaced evenly between exp(-5) and 1, initial beta =
+    (2/K (1 - exp(-5)))^-2. The form is PhysNet's (Unke and Meuwly, JCTC 15, 3678 (2019)), the scaling by the cutoff
+    that of TorchMD-Net (Thölke and De Fabritiis, ICLR 2022).
     """
 
     def __init__(self, n_radial: int, cutoff: float) -> None:

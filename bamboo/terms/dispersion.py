@@ -1,10 +1,12 @@
 """Pairwise D3-CSO dispersion (Schroeder, Creon, Schwabe, JCTC 11, 3163 (2015)).
 
-E_ij = -C6_ij / (r^6 + a4^6) (s6 + a1 / (1 + exp(k (r - a2 R_ij)))),  C6_ij = sqrt(C6_i C6_j), one C6 per element.
+E_ij = -C6_ij / (r^6 + a4^6) (s6 + a1 / (1 + exp(k (r - a2 R_ij)))),  C6_ij = sqrt(C6_i C6_j), one C6 per element,
+R_ij = sqrt(R_i R_j) with R_i = sqrt(C8_i / C6_i) in Å.
 
-Ours: switched smoothly to zero at the cutoff, energy and force, and the missing tail beyond added analytically, so that
-neither density nor pressure depends on the cutoff. The tail takes every periodic box for a uniform liquid: for slabs,
-pores or a molecule in vacuum it is wrong (too much attraction, spread over the empty part); clusters have none.
+Ours: switched smoothly to zero over the last fifth before the cutoff, energy and force, and the missing tail beyond
+added analytically, so that neither density nor pressure depends on the cutoff. The tail takes every periodic box for a
+uniform liquid: for slabs, pores or a molecule in vacuum it is wrong (too much attraction, spread over the empty part);
+clusters have none.
 Published (2024 checkpoint): the pair energy is shifted by +C6_ij / r_c^6 and cut, which leaves a step.
 """
 

@@ -2,6 +2,7 @@
 
 Pair energy E_ij = k_e q_i q_j / (r0 (1 + softplus_beta((r - r0) / r0))), softplus_beta(x) = log(1 + exp(beta x)) / beta
 with r0 = 2.2 Å and beta = 18.7 (Gong et al. 2025). It equals k_e q_i q_j / r to 6e-7 relative at 3.5 Å, 1e-10 at 4.5 Å.
+Every pair counts, bonded ones too: the network has learnt what is left.
 
 Clusters: all pairs. Periodic boxes: Ewald's split with the same alpha in both parts; in real space, within the cutoff,
 E_ij + k_e q_i q_j (erfc(alpha r) - 1) / r; in reciprocal space a particle mesh (torch-pme's P3M) with self term and

@@ -34,8 +34,9 @@ def conductivity(trajectories: Sequence[Trajectory], *, temperature_K: float) ->
     "transference_X_barycentric"   lim <dM_X dM> / <dM dM>, displacements relative to the whole box
     "transference_X_solvent"       the same relative to the centre of mass of all neutral molecules
 
-    r_i are unwrapped centres of mass of molecules, q_i their formal charges, which carry the same steady current as any
-    charges that move with the molecules (Grasselli, Baroni, Nat. Phys. 15, 967 (2019)). Transference numbers follow
+    r_i are unwrapped centres of mass of molecules, q_i their formal charges: integers give the steady
+    current of the electrons' response itself, the Born charges (Grasselli, Baroni, Nat. Phys. 15, 967 (2019)), which
+    fractional charges of a model do not. Transference numbers follow
     Fong et al., Macromolecules 54, 2575 (2021). No value, with the reason, for Langevin and constant-pressure runs,
     without ions, and where the run is too short.
     """

@@ -28,10 +28,15 @@ LONGEST_SCAN = 8192  # samples kept (as block averages) while searching for the 
 
 @dataclass(frozen=True)
 class SeriesMean:
-    """Mean of a correlated series; ``correlation_time`` is 2 tau, in samples."""
+    """Mean of a correlated series; ``correlation_time`` is 2 tau, in samples.
+
+    stderr  half the 95 % interval / 1.96: widened by Student's t, for a reader
+    sigma   the standard error itself, sqrt(variance of the mean), for further computing
+    """
 
     value: float
     stderr: float
+    sigma: float
     n_effective: float
     correlation_time: float
 
@@ -84,7 +89,8 @@ def series_mean(series: ArrayLike) -> SeriesMean:
     n_effective = x.size / (2.0 * tau)
     variance = float(x.var()) * (1.0 + 1.0 / n_effective)  # the sample mean took away 1 / n_effective of it
     widening = student_widening(x.size / (2 * window + 1))
-    return SeriesMean(float(x.mean()), widening * sqrt(variance / n_effective), n_effective, 2.0 * tau)
+    sigma = sqrt(variance / n_effective)
+    return SeriesMean(float(x.mean()), widening * sigma, sigma, n_effective, 2.0 * tau)
 
 
 def variance_stderr(mean: SeriesMean) -> float:

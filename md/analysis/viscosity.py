@@ -38,7 +38,8 @@ def deviatoric_components(pressure: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return xy, yz, zx, (xx - yy) / 2 and (2 zz - xx - yy) / sqrt(12), (n_replicas, 5, n_samples).
 
     pressure (n_samples, n_replicas, 3, 3). In an isotropic liquid the five are uncorrelated and their autocorrelations
-    equal: they are orthonormal in the space of symmetric traceless tensors, with xy counted as (xy + yx) / 2.
+    equal: they are orthogonal and of one norm in the space of symmetric traceless tensors, sum of squares P:P / 2, with
+    xy counted as (xy + yx) / 2.
     """
     p = 0.5 * (pressure + np.swapaxes(pressure, -1, -2))
     xx, yy, zz = p[..., 0, 0], p[..., 1, 1], p[..., 2, 2]

@@ -3,7 +3,7 @@
 Both hold the centre of mass fixed and sample p(V) proportional to V^(N-1) exp(-PV/kT) Z(V), where Z(V) is the
 configurational integral in scaled coordinates: an ideal gas has <V> = N kT/P and variance N (kT/P)^2. The textbook
 ensemble, in which the centre of mass moves, has one power of V more; in a liquid of bulk modulus B that shifts the mean
-volume by the fraction kT/(B V), below 1e-3 for 300 atoms.
+volume by the fraction kT/(B V), about 1e-3 for 300 atoms.
 """
 
 from dataclasses import dataclass

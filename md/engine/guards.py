@@ -132,7 +132,7 @@ class CommitteeAgreement:
 
     s_i = sqrt(sum_m |F_i^m - <F_i>|^2 / (M - 1)) over the M models, that of the run among them, stays below a limit
     for all atoms. Models trained alike from different seeds part where their data end (Zhang et al., Phys. Rev. Mater.
-    3, 023804 (2019), who label frames between 0.05 and 0.35 eV/Å and discard those above).
+    3, 023804 (2019), who label frames between 0.05 and 0.35 eV/Å of the same with 1 / M, and discard those above).
 
     others  evaluators of the other models
     limit   eV/Å

@@ -196,13 +196,13 @@ def test_every_liquid_gives_the_same_number_of_frames() -> None:
 
 def test_noise_of_a_measurement_is_not_asked_for() -> None:
     """The best linear estimate of a number known from two sides, by simulating such numbers."""
-    before = {"excess_bar": 1000.0, "pressure_stderr_bar": 120.0}
+    before = {"excess_bar": 1000.0, "pressure_sigma_bar": 120.0}
     generator = np.random.default_rng(2)
     true = generator.normal(
         scale=np.hypot(120.0, 300.0), size=20_000
     )  # left over by the correction of the round before
     measured = true + generator.normal(scale=250.0, size=true.size)
-    wanted = -np.array([wanted_shift({"excess_bar": e, "pressure_stderr_bar": 250.0}, before) for e in measured])
+    wanted = -np.array([wanted_shift({"excess_bar": e, "pressure_sigma_bar": 250.0}, before) for e in measured])
     slope = (measured @ true) / (measured @ measured)  # of the regression of what is true on what is measured
     assert wanted == pytest.approx(slope * measured, rel=0.03)
     assert np.std(wanted - true) < 0.8 * 250.0

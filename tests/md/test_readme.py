@@ -36,3 +36,12 @@ def test_linked_files_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(links) >= 4
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
+def test_equations_point_to_code_and_tests_that_exist() -> None:
+    rows = re.findall(r"\| `([^`]+)` \| `([^`]+)` \|$", (ROOT / "docs/theory.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 25
+    for code, test in rows:
+        file, name = test.split("::")
+        assert (ROOT / code).exists(), code
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test

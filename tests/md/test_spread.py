@@ -58,7 +58,7 @@ def test_models_whose_networks_are_weak_agree_and_others_do_not(
     assert strong["pressure_bar"]["spread"] > 3.0 * weak["pressure_bar"]["spread"]
     assert report["groups"]["strong"]["spread"]["pressure_bar"] == strong["pressure_bar"]["spread"]  # of one liquid
     series = ThermoSeries.read(tmp_path / "spread/liquid/s0/00-argon-340-K/nvt/molecular/thermo.h5")
-    mean, stderr = (strong["models"]["s0"]["pressure_bar"][name] for name in ("value", "stderr"))
+    mean, stderr = (strong["models"]["s0"]["pressure_bar"][name] for name in ("value", "sigma"))
     whole = np.trace(series.pressure, axis1=-2, axis2=-1).mean() / 3.0 / md.spread.units.BAR
     assert abs(mean - whole) < 5.0 * stderr  # the part that is taken as equilibrated
     assert report["groups"]["weak"]["hot_ps"] == {"w0": pytest.approx(0.2), "w1": pytest.approx(0.2)}
@@ -98,11 +98,13 @@ def test_sampling_is_taken_out_of_the_standard_deviation() -> None:
     """Groups of four that scatter by 2 and are each known to 1.5: on average the variance is 4, not 6.25."""
     generator = np.random.default_rng(3)
     values = generator.normal(scale=2.0, size=(4000, 4)) + generator.normal(scale=1.5, size=(4000, 4))
-    found = [standard_deviation([{"value": value, "stderr": 1.5} for value in group]) for group in values]
+    found = [standard_deviation([{"value": value, "sigma": 1.5} for value in group]) for group in values]
+    assert np.mean([each["variance"] for each in found]) == pytest.approx(4.0, rel=0.05)
     spreads = np.array([each["spread"] for each in found])
     assert np.mean(spreads**2) == pytest.approx(4.0, rel=0.1)  # a little more: what would be negative is 0
     assert found[0]["sampling"] == 1.5
-    assert standard_deviation([{"value": x, "stderr": 0.5} for x in (1.0, 1.1)]) == {"spread": 0.0, "sampling": 0.5}
+    same = standard_deviation([{"value": x, "sigma": 0.5} for x in (1.0, 1.1)])
+    assert same["spread"] == 0.0 and same["variance"] == pytest.approx(0.005 - 0.25)
 
 
 def test_shell_of_lithium_is_the_mean_of_its_near_oxygens() -> None:

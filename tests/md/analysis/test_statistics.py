@@ -64,6 +64,16 @@ def test_intervals_cover_the_truth(tau: float, n_samples: int, n_replicas: int) 
     assert 0.92 < np.mean(covered) < 0.98
 
 
+@pytest.mark.parametrize(("n_samples", "bias"), [(250, 0.35), (1000, 0.15)])
+def test_sigma_is_that_of_the_mean_and_not_widened(n_samples: int, bias: float) -> None:
+    """The mean of sigma^2 is the variance of the means, a quarter above it for 25 samples; that of stderr^2 is more."""
+    runs = ornstein_uhlenbeck(800, n_samples, tau=5.0, seed=8)
+    means = [series_mean(run) for run in runs]
+    variance = np.var([mean.value for mean in means])
+    assert np.mean([mean.sigma**2 for mean in means]) == pytest.approx(variance, rel=bias)
+    assert np.mean([mean.stderr**2 for mean in means]) > 1.2 * variance
+
+
 def test_intervals_cover_the_truth_after_equilibration() -> None:
     """From a start 50 standard deviations off, relaxing in three correlation times, as a density does."""
     runs = ornstein_uhlenbeck(300, 800, tau=10.0, seed=3) + 50.0 * np.exp(-np.arange(800) / 30.0)
@@ -141,5 +151,5 @@ def test_error_of_a_variance_covers_its_skewness() -> None:
         plain.append(abs(mean.value - 1.0) < 1.96 * mean.stderr)
         widened.append(abs(mean.value - 1.0) < 1.96 * variance_stderr(mean))
     assert np.mean(plain) < 0.925 and 0.93 < np.mean(widened) < 0.98
-    low = SeriesMean(0.5, 0.1, 50.0, 10.0)
+    low = SeriesMean(0.5, 0.1, 0.1, 50.0, 10.0)
     assert 0.5 + 1.96 * variance_stderr(low) == pytest.approx(0.5 * exp(1.96 * 0.1 / 0.5), rel=1e-4)
