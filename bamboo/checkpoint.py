@@ -2,7 +2,7 @@
 
 The safetensors metadata holds one entry, ``bamboo``, a JSON object:
     format          "bamboo-force-field"
-    format_version  1; a file with a newer one is refused, older ones are upgraded on reading
+    format_version  1; a file with a newer one is refused
     units           energy eV, length Å, charge e
     elements        symbols of the covered elements
     config          ForceFieldConfig as nested objects
