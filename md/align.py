@@ -32,10 +32,10 @@ from bamboo.learn.losses import LossWeights
 from bamboo.quantum.dataset import Frame
 from bamboo.system import System
 from md.align_report import density_figure, mean_absolute_error, measurement_table
-from md.analysis.statistics import SeriesMean, equilibration_start, series_mean
-from md.config import Molecules, folder_name
+from md.analysis.statistics import equilibrated_mean
+from md.config import Molecules
 from md.experiment import Measurement, load_measurements, problems
-from md.liquid import Box, Stage, accept_settings, frames, nvt, share, simulate
+from md.liquid import Box, Stage, accept_settings, box_name, frames, nvt, share, simulate
 from md.quantities import Compressibility, Density, Duration
 from md.trajectory import ThermoSeries
 from md.yaml_model import Problem, load_yaml
@@ -219,11 +219,6 @@ def measure_all(
     return results
 
 
-def box_name(number: int, name: str) -> str:
-    """Return the folder of a liquid: its place in the list, and its name."""
-    return f"{number:02d}-{folder_name(name)}"
-
-
 def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
     """Simulate one liquid at its measured density; return pressure and density error."""
     evaluator = Evaluator(checkpoint.load(model), device=best_device())
@@ -289,12 +284,6 @@ def density_error(density: float, strain: float) -> float:
     if strain < 0.0:
         return -density * strain
     return density * math.expm1(-math.log1p(STIFFENING * strain) / STIFFENING)
-
-
-def equilibrated_mean(series: np.ndarray) -> tuple[SeriesMean, bool]:
-    """Return the mean of the equilibrated part of a series (its second half where it drifts), and whether it drifts."""
-    start = equilibration_start(series)
-    return series_mean(series[len(series) // 2 if start is None else start :]), start is None
 
 
 def _corrected(

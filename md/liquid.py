@@ -24,6 +24,7 @@ from bamboo.system import System
 from bamboo.units import FEMTOSECOND, GRAM_PER_CM3, PICOSECOND
 from md.boxes import read_atoms
 from md.composition import parse_composition, realise
+from md.config import folder_name
 from md.engine import restart
 from md.engine.barostats import StochasticCellRescaling
 from md.engine.guards import DensityRange, Guard, IntactMolecules, MaximumTemperature, MinimumDistance
@@ -187,6 +188,11 @@ def guards(box: Box, system: System) -> list[Guard]:
         MinimumDistance(distance=0.6),
         IntactMolecules(systems=[system]),
     ]
+
+
+def box_name(number: int, name: str) -> str:
+    """Return the folder of a liquid: its place in the list, and its name."""
+    return f"{number:02d}-{folder_name(name)}"
 
 
 def accept_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -123,6 +123,12 @@ def equilibration_start(series: ArrayLike) -> int | None:
     return None if starts[best] == half else int(starts[best]) * block
 
 
+def equilibrated_mean(series: NDArray[np.float64]) -> tuple[SeriesMean, bool]:
+    """Return the mean of the equilibrated part of a series (its second half where it drifts), and whether it drifts."""
+    start = equilibration_start(series)
+    return series_mean(series[len(series) // 2 if start is None else start :]), start is None
+
+
 def spread_stderr(values: NDArray[np.float64]) -> float:
     """Return std / sqrt(n) t_{0.975}(n - 1) / 1.96, the widened standard error of the mean of independent values."""
     if len(values) < 2:
