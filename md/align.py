@@ -1,10 +1,11 @@
 """``bamboo-md align config.yaml``: measure the pressure at the experimental density, correct it, measure again.
 
-Each round simulates every liquid at its measured density (NVT), takes the mean of the molecular pressure, which has the
-mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model so that its molecular
-pressure shifts by P_exp - P_sim, less what is noise (``wanted_shift``, ``bamboo/learn/align.py``). It ends when
-every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids that only test
-are simulated with the first and the last model.
+Each round simulates every liquid at its measured density (NVT), from where the round before left it: a packed liquid
+loses its excess pressure within 20 ps or more, so the first rounds are coarse. It takes the mean of the molecular
+pressure, which has the mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model
+so that its molecular pressure shifts by P_exp - P_sim, less noise (``wanted_shift``, ``bamboo/learn/align.py``).
+It ends when every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids
+that only test are simulated with the first and the last model.
 
 All work lies in a folder named after the output: the same command again continues, and started more than once at the
 same time its processes share the work.
@@ -15,30 +16,27 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo import checkpoint, units
-from bamboo.errors import ConvergenceError, InputError, suggest
+from bamboo.errors import ConvergenceError, InputError
 from bamboo.evaluator import Evaluator, best_device
 from bamboo.files import file_sha256, write_json
 from bamboo.learn.align import Liquid, molecular_pressure, shift_pressures
 from bamboo.learn.evaluate import Errors
-from bamboo.learn.fit import LoopBlock, WeightsBlock, card_of_errors, error_table, held_out_errors, load_frames
+from bamboo.learn.fit import card_of_errors, error_table, held_out_errors, load_frames
 from bamboo.learn.loop import LoopConfig
 from bamboo.learn.losses import LossWeights
 from bamboo.quantum.dataset import Frame
 from bamboo.system import System
+from md.align_config import AlignConfig
 from md.align_report import density_figure, mean_absolute_error, measurement_table
 from md.analysis.statistics import equilibrated_mean
-from md.config import Molecules
-from md.experiment import Measurement, load_measurements, problems
+from md.experiment import Measurement
 from md.liquid import Box, Stage, accept_settings, box_name, frames, nvt, share, simulate
-from md.quantities import Compressibility, Density, Duration
 from md.trajectory import ThermoSeries
-from md.yaml_model import Problem, load_yaml
 
 Say = Callable[[str], None]
 SHARES = (0.25, 0.5, 1.0)  # of ``time``, after which the pressure is looked at
@@ -48,103 +46,6 @@ FREE = {"output", "rounds", "tolerance", "align", "test", "table", "species", "d
 UNSURE = 0.3  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 % of it
 MEASURED = "measured.json"
 BROKEN = 0.25  # a density error this large, relative, is an error of input or a broken model
-
-
-class AlignWeights(WeightsBlock):
-    """Weights of the loss: what must stay weighs more than in training, or clusters pay for the liquids.
-
-    The sum of raw charges is measured against the total charge, not against the present model: it has no weight, or
-    the charges would move although no pressure asks for it.
-    """
-
-    forces: Annotated[float, Field(ge=0)] = 10.0
-    energy: Annotated[float, Field(ge=0)] = 2.0
-    molecular_forces: Annotated[float, Field(ge=0)] = 2.0
-    molecular_virial: Annotated[float, Field(gt=0)] = 1.0
-    raw_charge: Annotated[float, Field(ge=0)] = 0.0
-
-
-class AlignConfig(BaseModel):
-    """What ``bamboo-md align`` reads.
-
-    model      zoo name or model file to align
-    output     model file to write; the folder of the same name without ending takes the simulations
-    data       quantum data the model learnt from: ``clusters`` of its structures hold the model in place, and its
-               held-out frames tell what the alignment did to the errors
-    align, test  measured liquids; or ``table``, a file of them, where ``use`` says which is which
-    species    rows of the table made of these solvents and salts only are taken; default: every row
-    atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest, at most: a
-               pressure that is wrong by ten of its standard errors is known well enough after a quarter or half of it
-    frames     taken from each run to train on
-    rounds     most corrections before the alignment fails
-    tolerance  of every density
-    compressibility   kappa, by which density errors are estimated from P_sim - P_exp (``density_error``)
-    trained    "all" weights or "energy_head"; for 5200 bar in DMC the latter cost clusters up to 4 % of their force
-               error, all weights 0.5 % (docs/alignment.md)
-    description, caveat   of the new model's card; default: what its parent's says
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    molecules: Molecules = {}
-    model: str
-    output: Path
-    data: Annotated[tuple[Path, ...], Field(min_length=1)]
-    table: Path | None = None
-    species: tuple[str, ...] = ()
-    align: tuple[Measurement, ...] = ()
-    test: tuple[Measurement, ...] = ()
-    atoms: Annotated[int, Field(ge=20, le=100_000)] = 400
-    equilibrate: Duration = 10.0 * units.PICOSECOND
-    time: Duration = 40.0 * units.PICOSECOND
-    frames: Annotated[int, Field(ge=1, le=10_000)] = 20
-    rounds: Annotated[int, Field(ge=1, le=100)] = 6
-    tolerance: Density = 0.01 * units.GRAM_PER_CM3
-    compressibility: Compressibility = 1.0e-9 / units.PASCAL
-    clusters: Annotated[int, Field(ge=1)] = 1200
-    trained: Literal["energy_head", "all"] = "all"
-    weights: AlignWeights = AlignWeights()
-    loop: LoopBlock = LoopBlock(epochs=10, edges_per_batch=20_000, learning_rate=1.0e-3, weight_decay=0.0)
-    seed: Annotated[int, Field(ge=0, le=10**6)] = 1
-    description: str = ""
-    caveat: str = ""
-
-    def aligned_rows(self) -> tuple[Measurement, ...]:
-        """Return the liquids to align to."""
-        return self.align or tuple(row for row in self._table() if row.use == "align")
-
-    def test_rows(self) -> tuple[Measurement, ...]:
-        """Return the liquids that only test: those with a density."""
-        return self.test or tuple(row for row in self._table() if row.use == "test" and row.density is not None)
-
-    def _table(self) -> tuple[Measurement, ...]:
-        rows = load_measurements(self.table) if self.table is not None else ()
-        return tuple(row for row in rows if not self.species or row.species <= set(self.species))
-
-
-def load_align_config(path: Path) -> AlignConfig:
-    """Read and check the configuration; raises InputError that lists every problem as ``file:line: key: problem``."""
-    return load_yaml(path, AlignConfig, checks=_checks)
-
-
-def _checks(config: AlignConfig) -> list[Problem]:
-    if bool(config.table) == bool(config.align):
-        return [(("align",) if config.align else (), "give either `align`, a list of liquids, or a `table` of them.")]
-    if config.table and config.test:
-        return [(("test",), "the `table` says which liquids test. Remove one of the two.")]
-    if config.species and not config.table:
-        return [(("species",), "chooses rows of a `table`, and there is none.")]
-    if config.table:
-        listed = set().union(*(row.species for row in load_measurements(config.table)))
-        if unknown := [(("species", k), f"no row of the table has {name}.{suggest(name, listed)}")
-                       for k, name in enumerate(config.species) if name not in listed]:  # fmt: skip
-            return list[Problem](unknown)
-    found = problems(config.align, ("align",)) + problems(config.test, ("test",))
-    found += [(("align", k), "its `use` is not align.") for k, row in enumerate(config.align) if row.use != "align"]
-    found += [(("test", k), "has no density.") for k, row in enumerate(config.test) if row.density is None]
-    if not config.aligned_rows():
-        found.append((("table",), "no row of the table aligns."))
-    return found
 
 
 def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
@@ -165,7 +66,13 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     for number in range(config.rounds + 1):
         folder = work / f"round-{number:02d}"
         rows = measure_all(
-            model, config.aligned_rows(), folder, config=config, seed=config.seed + 1000 * number, say=say
+            model,
+            config.aligned_rows(),
+            folder,
+            config=config,
+            seed=config.seed + 1000 * number,
+            after=work / f"round-{number - 1:02d}" if number else None,
+            say=say,
         )
         history.append(rows)
         say(f"round {number}, {model.name}\n{measurement_table(rows)}")
@@ -182,6 +89,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
             work / f"test-{file_sha256(file)[:12]}",  # of another model nothing is taken over
             config=config,
             seed=config.seed + 500,
+            after=work / f"test-{file_sha256(source)[:12]}" if file != source else None,
             say=say,
         )
         for moment, file in (("before", source), ("after", model))
@@ -190,14 +98,22 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
 
 
 def measure_all(
-    model: Path, rows: Sequence[Measurement], place: Path, *, config: AlignConfig, seed: int, say: Say
+    model: Path,
+    rows: Sequence[Measurement],
+    place: Path,
+    *,
+    config: AlignConfig,
+    seed: int,
+    after: Path | None = None,
+    say: Say,
 ) -> list[dict[str, Any]]:
-    """Simulate liquids, each in a folder of its name; say results and the time left."""
+    """Simulate liquids, each in a folder of its name, from where they were ``after`` an earlier place; say results."""
     places = [place / box_name(k, row.name) / MEASURED for k, row in enumerate(rows)]
     begun, n_open = time.monotonic(), sum(not known.exists() for known in places)
 
     def compute(k: int) -> None:
-        found = measure(model, rows[k], places[k].parent, config=config, seed=seed + k)
+        before = None if after is None else after / places[k].parent.name
+        found = measure(model, rows[k], places[k].parent, config=config, seed=seed + k, after=before)
         write_json(places[k], found)
         _refuse_broken(found)
         still = sum(not known.exists() for known in places)
@@ -219,10 +135,13 @@ def measure_all(
     return results
 
 
-def measure(model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int) -> dict[str, Any]:
-    """Simulate one liquid at its measured density; return pressure and density error."""
+def measure(
+    model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int, after: Path | None = None
+) -> dict[str, Any]:
+    """Simulate one liquid at its measured density, from where it was in another folder; return what is off."""
     evaluator = Evaluator(checkpoint.load(model), device=best_device())
-    box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
+    start = None if after is None else str(after)
+    box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3, start)
     target_bar = row.pressure / units.BAR
     stages = [nvt("equilibrate", config.equilibrate)]
     frame_ps = SHARES[0] * config.time / units.PICOSECOND / config.frames

@@ -199,7 +199,7 @@ def distill(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML 
 def align(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of an alignment.")]) -> None:
     """Correct a model until its liquids have the measured densities; run again to continue."""
     from md.align import align as run_alignment
-    from md.align import load_align_config
+    from md.align_config import load_align_config
 
     run_alignment(load_align_config(config), say=_say)
 

@@ -51,6 +51,7 @@ class Box:
     """What to simulate: a composition, about so many atoms, at a temperature; ``seed`` of packing and dynamics.
 
     density_g_cm3  to start from; None for the estimate by ideal mixing
+    after  folder of the same box, whose last frame is the start: nothing is packed, squeezed or relaxed
     """
 
     electrolyte: str
@@ -58,6 +59,7 @@ class Box:
     n_atoms: int
     seed: int
     density_g_cm3: float | None = None
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,15 @@ def _start(box: Box, folder: Path) -> tuple[System, dict[str, int]]:
     """Return the packed box and its molecules; what is read is what is used."""
     realised = realise(parse_composition(box.electrolyte), n_atoms=box.n_atoms)
     path = folder / "start.extxyz"
+    if not path.exists() and box.after is not None:
+        saved = restart.load(Path(box.after) / "restart")
+        if saved is None:
+            raise InputError(f"{box.after}: no state to go on from.")
+        before = System.from_atoms(read_atoms(Path(box.after) / "start.extxyz"))
+        last = saved.state.systems()[0]
+        with replacing(path) as draft:
+            ase.io.write(draft, replace(before, positions=last.positions, cell=last.cell).to_atoms(), format="extxyz")
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         density = PACKING_SCALE * min(box.density_g_cm3 or np.inf, realised.density_g_cm3)
         with replacing(path) as draft:
             ase.io.write(
@@ -251,12 +260,14 @@ def _prepared(box: Box, system: System, evaluator: Evaluator, folder: Path) -> M
         [system], temperature_K=box.temperature_K, seed=box.seed, exact_temperature=True, device=device_of(evaluator)
     )
     state.masses = heavy_hydrogens(system).to(state.masses.device)
-    minimise(state, evaluator, max_steps=100, force_tolerance=0.3)
+    if box.after is None:
+        minimise(state, evaluator, max_steps=100, force_tolerance=0.3)
     state.draw_momenta(box.temperature_K)
     integrator = Langevin(timestep_fs=0.5, temperature_K=box.temperature_K, thermostat_time_fs=50.0)
     simulation = Simulation(state, evaluator, integrator=integrator, guards=guards(box, system), stage="warm-up")
     wanted = box.density_g_cm3 or realise(parse_composition(box.electrolyte), n_atoms=box.n_atoms).density_g_cm3
-    squeeze(simulation, wanted)
+    if box.after is None:
+        squeeze(simulation, wanted)
     state.scale_volume(float(state.sum_by_replica(state.masses)[0]) / (wanted * GRAM_PER_CM3))
     state.evaluate(evaluator)
     simulation.run(WARM_UP_STEPS)

@@ -19,7 +19,8 @@ from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
 from bamboo.learn.fit import held_out_errors
 from bamboo.quantum.dataset import read_frames
 from md import cli
-from md.align import align, density_error, load_align_config, wanted_shift
+from md.align import align, density_error, wanted_shift
+from md.align_config import load_align_config
 from md.align_report import density_figure
 from md.engine.simulation import Simulation
 from md.trajectory import ThermoSeries

@@ -82,6 +82,8 @@ def test_student_learns_the_mean_and_a_second_call_repeats_nothing(
     before, after = student["held_out_before"]["bulk"], student["held_out_after"]["bulk"]
     assert after["forces"] < 0.7 * before["forces"]
     assert after["pressure"] < before["pressure"]
+    published = held_out_errors(checkpoint.load(tmp_path / "student.safetensors"), bulk)["bulk"]
+    assert after["forces"] == pytest.approx(published.forces, rel=1e-4)
     student_began_as = held_out_errors(checkpoint.load(tmp_path / "t0.safetensors"), bulk)["bulk"]
     assert before["forces"] == pytest.approx(student_began_as.forces, rel=1e-6)
     assert {"bulk", "neutral"} <= set(student["held_out_after"]) and report["guard_trips"] == 0
