@@ -62,7 +62,7 @@ class SpreadConfig(BaseModel):
     liquids: Annotated[tuple[Measurement, ...], Field(min_length=1)]
     output: Path
     atoms: Annotated[int, Field(ge=20, le=100_000)] = 300
-    equilibrate: Duration = 5.0 * units.PICOSECOND
+    equilibrate: Duration = 20.0 * units.PICOSECOND
     time: Duration = 20.0 * units.PICOSECOND
     hot_temperature: Temperature = 450.0
     hot_time: Duration = 200.0 * units.PICOSECOND
