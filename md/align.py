@@ -34,8 +34,8 @@ from bamboo.system import System
 from md.align_config import AlignConfig
 from md.align_report import density_figure, mean_absolute_error, measurement_table
 from md.analysis.statistics import equilibrated_mean
-from md.experiment import Measurement
 from md.liquid import Box, Stage, accept_settings, box_name, frames, nvt, share, simulate
+from md.measurements import Measurement
 from md.trajectory import ThermoSeries
 
 Say = Callable[[str], None]

@@ -9,7 +9,7 @@ from bamboo import units
 from bamboo.errors import suggest
 from bamboo.learn.fit import LoopBlock, WeightsBlock
 from md.config import Molecules
-from md.experiment import Measurement, load_measurements, problems
+from md.measurements import Measurement, load_measurements, problems
 from md.quantities import Compressibility, Density, Duration
 from md.yaml_model import Problem, load_yaml
 

@@ -12,7 +12,7 @@ from bamboo.structure.molecules import SALTS, salt
 from md.analysis.estimate import Estimate
 from md.composition import Composition, moles_per_kg_solvent, parse_composition
 from md.config import RunConfig
-from md.experiment import Measurement, load_measurements
+from md.measurements import Measurement, load_measurements
 
 CURATED = Path(__file__).with_name("densities.yaml")
 SAME_AMOUNT = 0.01  # relative difference of amounts that count as one composition

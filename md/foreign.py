@@ -368,7 +368,7 @@ def analyse_files(
     Writes traj.h5 (traj-2.h5, ...), properties.json and figures to ``folder``. ``since_ps``: what comes before is not
     equilibrium and left out; frames alone do not show it. See ``convert`` for the rest.
     """
-    from md.report import frame_figures  # imported here: it loads matplotlib
+    from md.figures import frame_figures  # imported here: it loads matplotlib
 
     run = RunFolder(folder)
     trajectories = [

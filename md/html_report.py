@@ -32,8 +32,8 @@ from md.comparison import Comparison, comparisons
 from md.composition import realise
 from md.config import Minimise, RunConfig, dump_config
 from md.convergence import Window, density_window, production_window, running_estimates
+from md.figures import box_figure, convergence_figure, series_figure, with_interval
 from md.recording import build_topology, trajectory_path
-from md.report import box_figure, convergence_figure, series_figure, with_interval
 from md.results import dynamics_folders
 from md.run_folder import RunFolder
 from md.status import RunStatus, contents, run_of, run_status

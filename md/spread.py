@@ -28,8 +28,8 @@ from bamboo.files import file_sha256, write_json
 from md.analysis.statistics import equilibrated_mean
 from md.analysis.structure import pair_distances
 from md.config import Molecules
-from md.experiment import Measurement, problems
 from md.liquid import Box, Stage, accept_settings, box_name, share, simulate
+from md.measurements import Measurement, problems
 from md.quantities import Duration, Temperature
 from md.trajectory import ThermoSeries, Trajectory
 from md.yaml_model import Problem, load_yaml

@@ -148,7 +148,7 @@ def write_results(folder: RunFolder, config: RunConfig) -> tuple[dict[str, Estim
     Where there are several conditions each has these in its folder, and the properties of all are named
     ``condition/property``; where there are several models, likewise, and the properties of the run are their means.
     """
-    from md.report import write_figures  # imported here: it loads matplotlib
+    from md.figures import write_figures  # imported here: it loads matplotlib
 
     members, conditions = config.each_member(), config.each_condition()
     if len(members) > 1:

@@ -56,7 +56,7 @@ def toy(
     """Return a factory of configuration files, in a folder with a model and quantum data."""
     monkeypatch.setattr(md.liquid, "guards", lambda *_: [])  # atoms of a gas that meet look like a new bond
     monkeypatch.setattr(md.liquid, "WARM_UP_STEPS", 50)
-    monkeypatch.setattr("md.experiment.density_problem", lambda _: None)  # argon is in no table
+    monkeypatch.setattr("md.measurements.density_problem", lambda _: None)  # argon is in no table
     argon_clusters(tmp_path / "clusters.h5", argon_model(tmp_path / "argon.safetensors"))
 
     def make(**options: Any) -> Path:

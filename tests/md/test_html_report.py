@@ -17,10 +17,10 @@ from md.analysis.estimate import Estimate, format_with_error, no_value
 from md.comparison import comparisons, matches
 from md.config import RunConfig, load_config
 from md.convergence import Window, density_window, production_window, running_estimates
-from md.experiment import Measurement
+from md.figures import box_figure, series_figure
 from md.html_report import verdict, write_report
+from md.measurements import Measurement
 from md.recording import build_topology
-from md.report import box_figure, series_figure
 from md.run_folder import RunFolder
 from md.trajectory import THERMO, Ensemble, ThermoWriter, TrajectoryWriter
 from md.workflows import write_results

@@ -38,7 +38,7 @@ hot_time: 200 fs
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argon_model: Callable[..., Path]) -> Path:
     monkeypatch.setattr(md.liquid, "guards", lambda *_: [])  # atoms of a gas that meet look like a new bond
     monkeypatch.setattr(md.liquid, "WARM_UP_STEPS", 50)
-    monkeypatch.setattr("md.experiment.density_problem", lambda _: None)  # argon is in no table
+    monkeypatch.setattr("md.measurements.density_problem", lambda _: None)  # argon is in no table
     for seed in (0, 1):
         argon_model(tmp_path / f"w{seed}.safetensors", seed=seed, strength=0.1)
         argon_model(tmp_path / f"s{seed}.safetensors", seed=seed, strength=1000.0 - 2000.0 * seed)

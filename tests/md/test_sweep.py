@@ -70,7 +70,7 @@ class Forked:
     """Stands for subprocess.Popen: the same command in a process of its own that has done its imports already."""
 
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["md.workflows", "md.report", "torch._dynamo"])
+    server.set_forkserver_preload(["md.workflows", "md.figures", "torch._dynamo"])
 
     def __init__(self, command: Sequence[str], *, stdout: Any, stderr: Any, **_: Any) -> None:
         assert list(command[:5]) == [sys.executable, "-P", "-m", "md.cli", "run"]

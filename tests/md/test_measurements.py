@@ -7,7 +7,7 @@ import pytest
 
 from bamboo import units
 from bamboo.errors import InputError
-from md.experiment import Measurement, load_measurements
+from md.measurements import Measurement, load_measurements
 
 TABLE = Path(__file__).parents[2] / "data" / "experiment" / "densities.yaml"
 ROWS = load_measurements(TABLE)
