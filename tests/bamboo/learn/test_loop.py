@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from bamboo.errors import InputError
 from bamboo.learn.fit import (
     _log,
 )
-from bamboo.learn.loop import Loop, LoopConfig, Progress
+from bamboo.learn.loop import Loop, LoopConfig, Progress, _moving_average
 from bamboo.learn.losses import LossWeights
 from bamboo.learn.samples import (
     fit_references,
@@ -95,3 +96,28 @@ def test_log_keeps_its_columns_when_resumed_at_the_end_of_an_epoch(tmp_path: Pat
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row["train_loss"] for row in rows] == ["0.5", ""]
     assert [row["validation_forces_pooled_eV_A"] for row in rows] == ["nan", "nan"]
+
+
+def test_learning_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
+    loop = run_loop(None)
+    peak, n_steps, warmup = loop.config.learning_rate, loop.n_steps, loop.config.warmup
+    rates = []
+    for loop.step in range(n_steps + 1):
+        rates.append(loop.learning_rate())
+    assert rates[0] == pytest.approx(peak / (warmup * n_steps + 1.0)) and rates[-1] == pytest.approx(0.0, abs=1e-12)
+    assert max(rates) <= peak
+    half = round((warmup + 0.5 * (1.0 - warmup)) * n_steps)
+    fraction = (half / n_steps - warmup) / (1.0 - warmup)
+    assert rates[half] == pytest.approx(peak * np.cos(0.5 * np.pi * fraction) ** 2)
+    assert rates[half] == pytest.approx(0.5 * peak, rel=0.2)
+
+
+def test_averaged_weights_forget_their_start_and_then_decay_evenly() -> None:
+    """Of weights 1, 2, 3, ... the average after n updates, written out: it keeps (1 + n) / (10 + n), then ``decay``."""
+    update, averaged, expected = _moving_average(0.5), [torch.zeros(3, dtype=torch.float64)], 0.0
+    for n in range(1, 30):
+        update(averaged, [torch.full((3,), float(n), dtype=torch.float64)], n)
+        keep = min(0.5, (1.0 + n) / (10.0 + n))
+        expected = keep * expected + (1.0 - keep) * n
+        assert averaged[0] == pytest.approx(np.full(3, expected), rel=1e-12)
+    assert expected == pytest.approx(29.0 - 1.0, abs=1e-3)  # of a line the average lags by decay / (1 - decay)

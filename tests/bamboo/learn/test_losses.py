@@ -80,3 +80,26 @@ def test_predictions_that_are_not_finite_are_no_absent_labels() -> None:
         force_field.energy_head[-1].bias.fill_(torch.nan)
     with pytest.raises(InputError, match="energy that are not finite"):
         evaluate(force_field, [sample], ["neutral"])
+
+
+def test_parts_are_means_of_huber_and_of_the_missing_charge() -> None:
+    """H(x) = x^2 up to the width d, d (2 |x| - d) beyond, both in one batch; (Q - sum q~)^2 / n: numbers by hand."""
+    force_field = small_force_field()
+    data = Stack.from_data_list(make_samples(force_field, [FRAMES[0], FRAMES[2]]))  # two waters
+    batch, neighbors = unpack(data)
+    output = force_field(batch, neighbors, fixed_terms=False)
+    step = torch.zeros((6, 3), dtype=torch.float64)
+    step[0, 0], step[1, 1], step[5, 2] = 0.5, -1.0, 3.0  # eV/Å; the width is 1
+    off = replace(
+        output,
+        forces=data.forces + step,
+        energy=data.energy + torch.tensor([0.03, -0.2], dtype=torch.float64) * np.sqrt(3.0),  # eV; the width is 0.05
+        raw_charge=data.total_charge + torch.tensor([0.3, -0.6], dtype=torch.float64),
+    )
+    parts = loss_parts(off, data, batch.atoms_per_system)
+    assert float(parts["forces"]) == pytest.approx((0.25 + 1.0 + (2.0 * 3.0 - 1.0)) / 18.0)
+    assert float(parts["energy"]) == pytest.approx((0.03**2 + 0.05 * (2.0 * 0.2 - 0.05)) / 2.0)
+    assert float(parts["raw_charge"]) == pytest.approx((0.3**2 + 0.6**2) / 3.0 / 2.0)
+    weights = LossWeights(forces=2.0, energy=3.0, charges=0.0, dipole=0.0, raw_charge=5.0, molecular_forces=0.0)
+    expected = sum(weight * float(parts[n]) for n, weight in (("forces", 2.0), ("energy", 3.0), ("raw_charge", 5.0)))
+    assert float(total_loss(parts, weights)) == pytest.approx(expected)
