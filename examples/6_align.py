@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from bamboo import units
-from md.align import align, load_align_config
+from md.align import align
+from md.align_config import load_align_config
 
 HERE = Path(__file__).parent
 SMOKE = bool(os.environ.get("SMOKE"))
