@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, slot: str, *, serial: int, stage: int, step: 
 
 
 def progress_line(stage: str, *, ns_per_day: float) -> str:
-    report = ProgressReport(stage, 100, 4000, 0.2, 300.0, 1.0, 1.05, 10.0, ns_per_day, 390.0)
+    report = ProgressReport(stage, 100, 4000, 0.2, 300.0, 1.0, 1.05, ns_per_day, 390.0)
     return report.line() + "\n"
 
 
