@@ -250,7 +250,7 @@ def test_source_and_destination(likeness, tmp_path):
         import_published(likeness[0], tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_text() == "precious"
     with pytest.raises(InputError, match="cannot be written"):
-        import_published(likeness[0], tmp_path / "no" / "folder.safetensors")
+        import_published(likeness[0], tmp_path / "there.safetensors" / "a file is no folder.safetensors")
 
 
 # --- archives that mean harm --------------------------------------------------------------------------------------
