@@ -16,6 +16,7 @@ from bamboo.learn.fit import held_out_errors
 from bamboo.quantum.dataset import read_frames
 from bamboo.system import Batch
 from md.distill import distill, load_distill_config
+from md.spread import load_spread_config
 
 TEXT = """
 molecules: {{argon: "[Ar]"}}
@@ -171,3 +172,16 @@ def test_a_missing_teacher_needs_a_recipe(toy: Path) -> None:
     toy.write_text("".join(line for line in toy.read_text().splitlines(keepends=True) if not line.startswith("train:")))
     with pytest.raises(InputError, match=r"teachers.2: .*no such file, and no `train`"):
         load_distill_config(toy)
+
+
+def test_the_recipe_of_the_proof_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its students are those that its comparison names, and its liquids are those they were taught in."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    config = load_distill_config(root / "data/distillation/distill.yaml")
+    monkeypatch.setattr(Path, "exists", lambda _: True)  # no model is trained here
+    spread = load_spread_config(root / "data/distillation/spread.yaml")
+    students = {f"{config.output.stem}{name}" for name in config.classes() if name}
+    assert {path.stem for path in spread.groups["students"]} == students
+    assert set(spread.groups["teachers"]) == set(config.teachers)
+    assert [row.electrolyte for row in spread.liquids] == [liquid.electrolyte for liquid in config.electrolytes]
