@@ -5,7 +5,7 @@ loses its excess pressure within 20 ps or more, so the first rounds are coarse. 
 pressure, which has the mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model
 so that its molecular pressure shifts by P_exp - P_sim, less noise (``wanted_shift``, ``bamboo/learn/align.py``).
 It ends when every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids
-that only test are simulated with the first and the last model.
+that only test are simulated with the parent and the aligned model.
 
 All work lies in a folder named after the output: the same command again continues, and started more than once at the
 same time its processes share the work.
@@ -40,9 +40,11 @@ from md.trajectory import ThermoSeries
 
 Say = Callable[[str], None]
 SHARES = (0.25, 0.5, 1.0)  # of ``time``, after which the pressure is looked at
+SETTLED = 0.5  # of ``equilibrate``, for a liquid that goes on from where another model left it
 SURE = 0.1  # standard error over excess, below which a longer run would not change the correction by much
 STIFFENING = 10.0  # dK/dP of organic liquids, 1/C - 1 of Tait's C = 0.087 (Dymond, Int. J. Thermophys. 9, 941, 1988)
-FREE = {"output", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"}  # may change
+# what may change between calls
+FREE = {"output", "parent", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"}
 UNSURE = 0.3  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 % of it
 MEASURED = "measured.json"
 BROKEN = 0.25  # a density error this large, relative, is an error of input or a broken model
@@ -55,7 +57,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     InputError where a density or the model cannot be right, GuardError where a simulation does not stay sound.
     """
     work = config.output.with_suffix("")
-    source = checkpoint.resolve(config.model)
+    source, parent = checkpoint.resolve(config.model), checkpoint.resolve(config.parent or config.model)
     settings = config.model_dump(mode="json", exclude=FREE)
     settings["model_sha256"] = file_sha256(source)
     settings["rows"] = [[row.name, row.pressure, row.density] for row in config.aligned_rows()]
@@ -82,19 +84,17 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
             raise ConvergenceError(_failure(config, history))
         shifts = [wanted_shift(row, *(before[k] for before in history[-2:-1])) for k, row in enumerate(rows)]
         model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
-    tests = {
-        moment: measure_all(
-            file,
-            config.test_rows(),
-            work / f"test-{file_sha256(file)[:12]}",  # of another model nothing is taken over
-            config=config,
-            seed=config.seed + 500,
-            after=work / f"test-{file_sha256(source)[:12]}" if file != source else None,
-            say=say,
-        )
-        for moment, file in (("before", source), ("after", model))
-    }
-    return _report(config, source, model, history=history, tests=tests, quantum=quantum, say=say)
+
+    def compared(file: Path, rows: Sequence[Measurement], after: Path | None = None) -> list[dict[str, Any]]:
+        return measure_all(file, rows, place(file), config=config, seed=config.seed + 500, after=after, say=say)
+
+    def place(file: Path) -> Path:  # nothing is taken for the result of another model
+        return work / f"test-{file_sha256(file)[:12]}"
+
+    aligned = {"before": history[0] if parent == source else compared(parent, config.aligned_rows()), "after": rows}
+    tests = {"before": compared(parent, config.test_rows())}
+    tests["after"] = compared(model, config.test_rows(), place(parent)) if model != parent else tests["before"]
+    return _report(config, parent, model, n_rounds=number, aligned=aligned, tests=tests, quantum=quantum, say=say)
 
 
 def measure_all(
@@ -143,7 +143,7 @@ def measure(
     start = None if after is None else str(after)
     box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3, start)
     target_bar = row.pressure / units.BAR
-    stages = [nvt("equilibrate", config.equilibrate)]
+    stages = [nvt("equilibrate", config.equilibrate * (1.0 if after is None else SETTLED))]
     frame_ps = SHARES[0] * config.time / units.PICOSECOND / config.frames
     for part in SHARES:  # the same stage, made longer
         sample = Stage("sample", part * config.time / units.PICOSECOND, frame_ps=frame_ps)
@@ -272,10 +272,11 @@ def _failure(config: AlignConfig, history: Sequence[Sequence[dict[str, Any]]]) -
 
 def _report(
     config: AlignConfig,
-    source: Path,
+    parent: Path,
     model: Path,
     *,
-    history: Sequence[Sequence[dict[str, Any]]],
+    n_rounds: int,
+    aligned: dict[str, list[dict[str, Any]]],
     tests: dict[str, list[dict[str, Any]]],
     quantum: Sequence[Frame],
     say: Say,
@@ -283,21 +284,18 @@ def _report(
     """Write the aligned model with its card, figure and report, and return the report."""
     force_field = checkpoint.load(model)
     errors: dict[str, dict[str, Errors]] = {
-        "before": held_out_errors(checkpoint.load(source), quantum),
+        "before": held_out_errors(checkpoint.load(parent), quantum),
         "after": held_out_errors(force_field, quantum),
     }
     report: dict[str, Any] = {
-        "parent": config.model,
-        "parent_sha256": file_sha256(source),
-        "rounds": len(history) - 1,
-        "aligned": {"before": history[0], "after": history[-1]},
+        "parent": config.parent or config.model,
+        "parent_sha256": file_sha256(parent),
+        "rounds": n_rounds,
+        "aligned": aligned,
         "held_out": tests,
         "mean_absolute_density_error_g_cm3": {
-            part: {moment: mean_absolute_error(rows) for moment, rows in (("before", first), ("after", last)) if rows}
-            for part, first, last in (
-                ("aligned", history[0], history[-1]),
-                ("held_out", tests["before"], tests["after"]),
-            )
+            part: {moment: mean_absolute_error(rows) for moment, rows in found.items() if rows}
+            for part, found in (("aligned", aligned), ("held_out", tests))
         },
         "sources": {row.name: row.source for row in (*config.aligned_rows(), *config.test_rows())},
         "held_out_force_rmse_eV_A": {
@@ -305,7 +303,7 @@ def _report(
             for moment, by_group in errors.items()
         },
     }
-    card = checkpoint.describe(source)["card"] | card_of_errors(errors["after"]) | {"alignment": report}
+    card = checkpoint.describe(parent)["card"] | card_of_errors(errors["after"]) | {"alignment": report}
     card |= {name: text for name in ("description", "caveat") if (text := getattr(config, name))}
     checkpoint.save(force_field, config.output, card=card)
     work = config.output.with_suffix("")

@@ -32,13 +32,15 @@ class AlignConfig(BaseModel):
     """What ``bamboo-md align`` reads.
 
     model      zoo name or model file to align
+    parent     model whose densities and errors the report and the card show as those before; default: ``model``
     output     model file to write; the folder of the same name without ending takes the simulations
     data       quantum data the model learnt from: ``clusters`` of its structures hold the model in place, and its
                held-out frames tell what the alignment did to the errors
     align, test  measured liquids; or ``table``, a file of them, where ``use`` says which is which
     species    rows of the table made of these solvents and salts only are taken; default: every row
-    atoms, equilibrate, time   size of a box, the part of the run that is not looked at, and the rest, at most: a
-               pressure that is wrong by ten of its standard errors is known well enough after a quarter or half of it
+    atoms, equilibrate, time   size of a box, the part of the run that is not looked at (half of it in later rounds),
+               and the rest, at most: a pressure that is wrong by ten of its standard errors is known well enough after
+               a quarter or half of it
     frames     taken from each run to train on
     rounds     most corrections before the alignment fails
     tolerance  of every density
@@ -52,6 +54,7 @@ class AlignConfig(BaseModel):
 
     molecules: Molecules = {}
     model: str
+    parent: str = ""
     output: Path
     data: Annotated[tuple[Path, ...], Field(min_length=1)]
     table: Path | None = None

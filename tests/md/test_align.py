@@ -189,6 +189,21 @@ def test_tests_are_those_of_the_model_that_came_out(toy: Any) -> None:
     assert abs(second["held_out"]["after"][0]["density_error"]) < abs(first["held_out"]["after"][0]["density_error"])
 
 
+def test_before_is_what_the_parent_says(toy: Any, tmp_path: Path) -> None:
+    """A second alignment begins with the result of a first, and its report compares with the parent of both."""
+    first = align(load_align_config(toy(name="first", pressure=3000, tolerance=0.2)), say=lambda _: None)
+    models = {"model": str(tmp_path / "first.safetensors"), "parent": str(tmp_path / "argon.safetensors")}
+    again = load_align_config(toy(name="again", pressure=3000, tolerance=0.5)).model_copy(update=models)
+    second = align(again, say=lambda _: None)
+    assert second["rounds"] == 0 and second["parent_sha256"] == first["parent_sha256"]
+    errors = [
+        [report["aligned"][moment][0]["density_error"] for moment in ("before", "after")] for report in (first, second)
+    ]
+    assert errors[1] == pytest.approx(errors[0], abs=0.25 * abs(errors[0][0] - errors[0][1]))
+    changes = [report["held_out_force_rmse_eV_A"]["before"] for report in (first, second)]
+    assert changes[0] == changes[1] != second["held_out_force_rmse_eV_A"]["after"]
+
+
 def test_every_liquid_gives_the_same_number_of_frames() -> None:
     systems = list(range(80))
     assert md.align._spread_out(systems, 5) == [0, 20, 40, 59, 79]
