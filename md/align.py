@@ -4,8 +4,9 @@ Each round simulates every liquid at its measured density (NVT), from where the 
 loses its excess pressure within 20 ps or more, so the first rounds are coarse. It takes the mean of the molecular
 pressure, which has the mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model
 so that its molecular pressure shifts by P_exp - P_sim, less noise (``wanted_shift``, ``bamboo/learn/align.py``).
-It ends when every density error is below the tolerance, or fails with the table when the rounds are used up. Liquids
-that only test are simulated with the parent and the aligned model.
+It ends when every density error is below the tolerance, or fails with the table when the rounds are used up. Then all
+liquids, those that only test as well, are simulated with the aligned model at constant pressure: the density is the
+answer, and no estimate. Those of the parent are estimated from its pressures, as in the rounds.
 
 All work lies in a folder named after the output: the same command again continues, and started more than once at the
 same time its processes share the work.
@@ -85,15 +86,19 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
         shifts = [wanted_shift(row, *(before[k] for before in history[-2:-1])) for k, row in enumerate(rows)]
         model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
 
-    def compared(file: Path, rows: Sequence[Measurement], after: Path | None = None) -> list[dict[str, Any]]:
-        return measure_all(file, rows, place(file), config=config, seed=config.seed + 500, after=after, say=say)
+    common: dict[str, Any] = {"config": config, "seed": config.seed + 500, "say": say}
 
-    def place(file: Path) -> Path:  # nothing is taken for the result of another model
-        return work / f"test-{file_sha256(file)[:12]}"
+    def estimated(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
+        return measure_all(parent, rows, work / f"pressure-{file_sha256(parent)[:12]}", **common)
 
-    aligned = {"before": history[0] if parent == source else compared(parent, config.aligned_rows()), "after": rows}
-    tests = {"before": compared(parent, config.test_rows())}
-    tests["after"] = compared(model, config.test_rows(), place(parent)) if model != parent else tests["before"]
+    def simulated(rows: Sequence[Measurement], after: Path) -> list[dict[str, Any]]:
+        place = work / f"density-{file_sha256(model)[:12]}"  # nothing is taken for the result of another model
+        return measure_all(model, rows, place, act=measure_density, after=after, **common)
+
+    known = history[0] if parent == source else estimated(config.aligned_rows())
+    aligned = {"before": known, "after": simulated(config.aligned_rows(), folder)}
+    tests = {"before": estimated(config.test_rows())}
+    tests["after"] = simulated(config.test_rows(), work / f"pressure-{file_sha256(parent)[:12]}")
     return _report(config, parent, model, n_rounds=number, aligned=aligned, tests=tests, quantum=quantum, say=say)
 
 
@@ -104,23 +109,28 @@ def measure_all(
     *,
     config: AlignConfig,
     seed: int,
+    act: Callable[..., dict[str, Any]] | None = None,
     after: Path | None = None,
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Simulate liquids, each in a folder of its name, from where they were ``after`` an earlier place; say results."""
+    """Simulate liquids, each in a folder of its name, from where they were ``after`` an earlier place; say results.
+
+    ``act`` is ``measure``, the default, after which nonsense is refused, or ``measure_density``.
+    """
     places = [place / box_name(k, row.name) / MEASURED for k, row in enumerate(rows)]
     begun, n_open = time.monotonic(), sum(not known.exists() for known in places)
 
     def compute(k: int) -> None:
         before = None if after is None else after / places[k].parent.name
-        found = measure(model, rows[k], places[k].parent, config=config, seed=seed + k, after=before)
+        found = (act or measure)(model, rows[k], places[k].parent, config=config, seed=seed + k, after=before)
         write_json(places[k], found)
-        _refuse_broken(found)
+        if act is None:
+            _refuse_broken(found)
         still = sum(not known.exists() for known in places)
         left = (time.monotonic() - begun) / max(n_open - still, 1) * still / 60.0
         say(
-            f"{place.name}, {len(rows) - still} of {len(rows)}: {rows[k].name}, {found['pressure_bar']:.0f} ± "
-            f"{found['pressure_stderr_bar']:.0f} bar at the measured density"
+            f"{place.name}, {len(rows) - still} of {len(rows)}: {rows[k].name}, density off by "
+            f"{found['density_error']:+.4f} ± {found['density_stderr']:.4f} g/cm3"
             + (f"; {left:.0f} min left of these" if left >= 0.5 else "")
         )
 
@@ -131,7 +141,8 @@ def measure_all(
             raise InputError(
                 f"{known.parent}: measured when the table said otherwise of {row.name}. Remove this folder."
             )
-        _refuse_broken(result)
+        if act is None:
+            _refuse_broken(result)
     return results
 
 
@@ -172,12 +183,39 @@ def measure(
     }
 
 
+def measure_density(
+    model: Path, row: Measurement, folder: Path, *, config: AlignConfig, seed: int, after: Path
+) -> dict[str, Any]:
+    """Simulate one liquid at constant pressure, from where it was in another folder; return its density's error."""
+    evaluator = Evaluator(checkpoint.load(model), device=best_device())
+    box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3, str(after))
+    settle = SETTLED * config.equilibrate / units.PICOSECOND
+    pressure = row.pressure / units.BAR
+    stages = [
+        Stage("equilibrate", settle),
+        Stage("expand", settle, pressure),
+        Stage("sample", config.time / units.PICOSECOND, pressure),
+    ]
+    simulate(box, stages, evaluator, folder)
+    series = ThermoSeries.read(folder / "sample" / "thermo.h5").density_g_cm3[:, 0]
+    density, drifts = equilibrated_mean(series)
+    return {
+        "name": row.name,
+        "density_measured": row.density_g_cm3,
+        "pressure_measured": pressure,
+        "density_error": density.value - row.density_g_cm3,
+        "density_stderr": density.stderr,
+        "how": "at constant pressure",
+        "drifts": drifts,
+    }
+
+
 def _refuse_broken(result: Mapping[str, Any]) -> None:
     """Raise InputError where a density error is so large that the measured density or the model is broken."""
     if abs(result["density_error"]) > BROKEN * result["density_measured"]:
         raise InputError(
-            f"{result['name']}: the model's pressure at the measured {result['density_measured']:.4g} g/cm3 is "
-            f"{result['pressure_bar']:.0f} bar, a density error of {result['density_error']:+.2f} g/cm3. Alignment "
+            f"{result['name']}: the model's density is off by {result['density_error']:+.2f} g/cm3 from the measured "
+            f"{result['density_measured']:.4g} ({result['how']}). Alignment "
             "mends a few percent: either the measured density is wrong, or the model is broken for this liquid."
         )
 

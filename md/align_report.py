@@ -16,7 +16,7 @@ def measurement_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return measured liquids as a table; pressures in bar, densities in g/cm3."""
     lines = [f"{'liquid':<44}{'rho exp':>9}{'P at rho exp':>20}{'density error':>22}  how"]
     for row in rows:
-        pressure = f"{row['pressure_bar']:.0f} ± {row['pressure_stderr_bar']:.0f}"
+        pressure = f"{row['pressure_bar']:.0f} ± {row['pressure_stderr_bar']:.0f}" if "pressure_bar" in row else "-"
         error = f"{row['density_error']:+.4f} ± {row['density_stderr']:.4f}"
         drift = "; still drifts" if row["drifts"] else ""
         lines.append(f"{row['name']:<44}{row['density_measured']:>9.4f}{pressure:>20}{error:>22}  {row['how']}{drift}")

@@ -167,10 +167,10 @@ def test_a_pressure_that_is_plainly_wrong_is_not_measured_to_the_end(toy: Any, t
     lengths = {}
     for name, pressure in (("far", 3000), ("near", 500)):
         config = load_align_config(toy(name=name, pressure=pressure, tolerance=0.5))
-        config = config.model_copy(update={"time": 4.0 * units.PICOSECOND})
-        align(config, say=lambda _: None)
-        folder = tmp_path / name / "round-00/00-argon-340-K"
-        measured = json.loads((folder / "measured.json").read_text())
+        config, folder = config.model_copy(update={"time": 4.0 * units.PICOSECOND}), tmp_path / name
+        measured = md.align.measure(
+            tmp_path / "argon.safetensors", *config.aligned_rows(), folder, config=config, seed=1
+        )
         sure = measured["pressure_stderr_bar"] < 0.1 * abs(measured["excess_bar"]) and not measured["drifts"]
         lengths[name] = ThermoSeries.read(folder / "sample/thermo.h5").time_ps[-1], sure
     assert lengths == {"far": (pytest.approx(1.0, abs=0.01), True), "near": (pytest.approx(4.0, abs=0.01), False)}
@@ -182,11 +182,28 @@ def test_tests_are_those_of_the_model_that_came_out(toy: Any) -> None:
     row = "{electrolyte: argon, temperature: 300 K, pressure: 3000 bar, density: 0.9 g/cm3, source: a toy, use: test}"
     path.write_text(path.read_text() + f"test: [{row}]\n")
     first = align(load_align_config(path), say=lambda _: None)
-    assert first["rounds"] == 0 and first["held_out"]["after"] == first["held_out"]["before"]
+    assert first["rounds"] == 0
     path.write_text(path.read_text().replace("tolerance: 0.24", "tolerance: 0.2"))
     second = align(load_align_config(path), say=lambda _: None)
     assert second["rounds"] == 1 and second["held_out"]["before"] == first["held_out"]["before"]
     assert abs(second["held_out"]["after"][0]["density_error"]) < abs(first["held_out"]["after"][0]["density_error"])
+
+
+def test_the_density_of_the_aligned_model_is_simulated_at_constant_pressure(toy: Any, tmp_path: Path) -> None:
+    """At the pressure that a liquid has at a density it keeps the density; under 2000 bar more it shrinks."""
+    (row,) = (config := load_align_config(toy(pressure=500))).aligned_rows()
+    config = config.model_copy(update={"time": 5.0 * units.PICOSECOND})
+    model, common = tmp_path / "argon.safetensors", {"config": config, "seed": 3}
+    there = md.align.measure(model, row, tmp_path / "first", **common)["pressure_bar"] * units.BAR
+    same, denser = (
+        md.align.measure_density(
+            model, row.model_copy(update={"pressure": pressure}), tmp_path / name, after=tmp_path / "first", **common
+        )
+        for name, pressure in (("same", there), ("denser", there + 2000.0 * units.BAR))
+    )
+    assert abs(same["density_error"]) < min(4.0 * same["density_stderr"], 0.2)
+    assert denser["density_error"] > 0.4  # more than twice what the other may be off by
+    assert same["how"] == "at constant pressure" and denser["density_measured"] == row.density_g_cm3
 
 
 def test_before_is_what_the_parent_says(toy: Any, tmp_path: Path) -> None:
