@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
             break
         if number == config.rounds:
             raise ConvergenceError(_failure(config, history))
-        shifts = [wanted_shift(row, *(before[k] for before in history[-2:-1])) for k, row in enumerate(rows)]
+        shifts = [wanted_shift([before[k] for before in history]) for k in range(len(rows))]
         model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
 
     common: dict[str, Any] = {"config": config, "seed": config.seed + 500, "say": say}
@@ -161,8 +162,11 @@ def measure(
         simulate(box, [*stages, sample], evaluator, folder)
         series = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5")
         known = series.time_ps < sample.time_ps * (1.0 + 1.0e-9)  # a run that was stopped may be longer already
-        tensor = series.pressure[known]
-        pressure, drifts = equilibrated_mean(np.trace(tensor, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR)
+        values = np.trace(series.pressure[known], axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR
+        pressure, drifts = equilibrated_mean(values)
+        halves = [float(half.mean()) for half in np.array_split(values, 2)]
+        drift = abs(halves[0] - halves[1]) / 2.0 if drifts else 0.0  # it may be noise that lasts
+        pressure = replace(pressure, sigma=max(pressure.sigma, drift), stderr=max(pressure.stderr, drift))
         excess_bar = pressure.value - target_bar
         if not drifts and pressure.is_converged and pressure.stderr < SURE * abs(excess_bar):
             break
@@ -220,16 +224,20 @@ def _refuse_broken(result: Mapping[str, Any]) -> None:
         )
 
 
-def wanted_shift(row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> float:
-    """Return the change of pressure to ask for [bar], given the same liquid in the round before.
+def wanted_shift(rounds: Sequence[Mapping[str, Any]]) -> float:
+    """Return the change of pressure to ask for [bar], given the same liquid in all rounds.
 
-    After a correction of -e_0 the excess is expected to be 0 with the variance v = s_0^2 + (UNSURE e_0)^2, s_0 the
-    standard error it was based on. The measured e ± s makes it v e / (v + s^2): noise is not put into the model.
+    After a correction of -e the excess is expected to be 0, with the variance v + (UNSURE e)^2 of what is known. A
+    measurement m ± s then makes it e = v m / (v + s^2), of variance v s^2 / (v + s^2), all of which is asked for: noise
+    is not put into the model, and rounds add up to one long measurement.
     """
-    if before is None:
-        return -float(row["excess_bar"])
-    expected = before["pressure_sigma_bar"] ** 2 + (UNSURE * before["excess_bar"]) ** 2
-    return -float(row["excess_bar"] * expected / (expected + row["pressure_sigma_bar"] ** 2))
+    excess, variance = 0.0, math.inf
+    for row in rounds:
+        noise = row["pressure_sigma_bar"] ** 2
+        trust = 1.0 if math.isinf(variance) else variance / (variance + noise)
+        excess = trust * row["excess_bar"]
+        variance = trust * noise + (UNSURE * excess) ** 2
+    return -float(excess)
 
 
 def density_error(density: float, strain: float) -> float:

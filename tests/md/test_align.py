@@ -227,19 +227,27 @@ def test_every_liquid_gives_the_same_number_of_frames() -> None:
     assert md.align._spread_out(systems[:3], 5) == [0, 1, 2]
 
 
-def test_noise_of_a_measurement_is_not_asked_for() -> None:
-    """The best linear estimate of a number known from two sides, by simulating such numbers."""
-    before = {"excess_bar": 1000.0, "pressure_sigma_bar": 120.0}
-    generator = np.random.default_rng(2)
-    true = generator.normal(
-        scale=np.hypot(120.0, 300.0), size=20_000
-    )  # left over by the correction of the round before
-    measured = true + generator.normal(scale=250.0, size=true.size)
-    wanted = -np.array([wanted_shift({"excess_bar": e, "pressure_sigma_bar": 250.0}, before) for e in measured])
-    slope = (measured @ true) / (measured @ measured)  # of the regression of what is true on what is measured
-    assert wanted == pytest.approx(slope * measured, rel=0.03)
-    assert np.std(wanted - true) < 0.8 * 250.0
-    assert wanted_shift({"excess_bar": 500.0, "pressure_stderr_bar": 250.0}) == -500.0  # nothing else is known
+def test_noise_of_measurements_is_not_asked_for() -> None:
+    """The best linear estimate of what three rounds tell, by regression of what is true on what is measured."""
+    generator, noise = np.random.default_rng(2), (120.0, 250.0, 150.0)
+    rounds: list[dict[str, np.ndarray]] = []
+    true, asked = generator.normal(scale=1.0e6, size=20_000), np.zeros(20_000)
+    for sigma in noise:
+        true = true + asked * (1.0 + 0.3 * generator.normal(size=true.size))  # a correction is 30 % off
+        rounds.append({"excess_bar": true + generator.normal(scale=sigma, size=true.size), "pressure_sigma_bar": sigma})
+        if len(rounds) == 1:  # a first excess of 1000 bar for all
+            true, rounds[0]["excess_bar"] = true - rounds[0]["excess_bar"] + 1000.0, np.full(true.size, 1000.0)
+        each = [
+            [{name: v if np.isscalar(v) else v[k] for name, v in row.items()} for row in rounds]
+            for k in range(true.size)
+        ]
+        asked = np.array([wanted_shift(one) for one in each])
+    measured = rounds[-1]["excess_bar"]
+    slope = (measured @ true) / (measured @ measured)
+    assert np.std(-asked - slope * measured) < 0.12 * np.std(asked)
+    assert -(asked @ measured) / (measured @ measured) == pytest.approx(slope, rel=0.03)
+    assert np.std(true + asked) < 0.85 * noise[-1]
+    assert wanted_shift([{"excess_bar": 500.0, "pressure_sigma_bar": 250.0}]) == -500.0  # nothing else is known
 
 
 def test_density_error_follows_a_liquid_that_stiffens() -> None:

@@ -47,7 +47,8 @@ def test_autocorrelation_time_of_an_exponential(tau: float) -> None:
     taus = np.array([integrated_autocorrelation_time(run)[0] for run in runs])
     # Sokal: each is known to sqrt(2 (2 W + 1) / n); the tail beyond five tau is worth 0.7 %
     tolerance = 3.0 * taus.std() / sqrt(n_runs) + 0.01 * exact_tau(tau)
-    assert abs(taus.mean() - exact_tau(tau)) < tolerance
+    # the larger of two estimates, one known to 30 %, comes out high
+    assert -tolerance < taus.mean() - exact_tau(tau) < tolerance + 0.12 * exact_tau(tau)
 
 
 def test_constant_series_is_exactly_known() -> None:
@@ -64,9 +65,16 @@ def test_intervals_cover_the_truth(tau: float, n_samples: int, n_replicas: int) 
     assert 0.92 < np.mean(covered) < 0.98
 
 
-@pytest.mark.parametrize(("n_samples", "bias"), [(250, 0.35), (1000, 0.15)])
+def test_intervals_cover_the_truth_of_a_slow_part_beneath_a_fast_one() -> None:
+    """2 % of the variance lasts a hundred times as long as the rest and makes two thirds of the error of the mean."""
+    fast, slow = (ornstein_uhlenbeck(400, 4000, tau=tau, seed=seed) for tau, seed in ((2.0, 10), (200.0, 11)))
+    means = [series_mean(run) for run in fast + 0.15 * slow]
+    assert 0.88 < np.mean([abs(mean.value) < 1.96 * mean.stderr for mean in means]) < 0.98
+
+
+@pytest.mark.parametrize(("n_samples", "bias"), [(250, 0.35), (1000, 0.3)])
 def test_sigma_is_that_of_the_mean_and_not_widened(n_samples: int, bias: float) -> None:
-    """The mean of sigma^2 is the variance of the means, a quarter above it for 25 samples; that of stderr^2 is more."""
+    """The mean of sigma^2 is the variance of the means, a quarter above it at most; that of stderr^2 is more."""
     runs = ornstein_uhlenbeck(800, n_samples, tau=5.0, seed=8)
     means = [series_mean(run) for run in runs]
     variance = np.var([mean.value for mean in means])
