@@ -4,9 +4,10 @@ Each round simulates every liquid at its measured density (NVT), from where the 
 loses its excess pressure within 20 ps or more, so the first rounds are coarse. It takes the mean of the molecular
 pressure, which has the mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model
 so that its molecular pressure shifts by P_exp - P_sim, less noise (``wanted_shift``, ``bamboo/learn/align.py``).
-It ends when every density error is below the tolerance, or fails with the table when the rounds are used up. Then all
-liquids, those that only test as well, are simulated with the aligned model at constant pressure: the density is the
-answer, and no estimate. Those of the parent are estimated from its pressures, as in the rounds.
+It ends when every density error is below the tolerance or the rounds are used up. Then the liquids are simulated with
+the aligned model at constant pressure, where the density is an answer and no estimate; where neither is within the
+tolerance, it fails with the table. Liquids that only test are simulated likewise. The densities of the parent are
+estimated from its pressures, as in the rounds.
 
 All work lies in a folder named after the output: the same command again continues, and started more than once at the
 same time its processes share the work.
@@ -47,7 +48,8 @@ SURE = 0.1  # standard error over excess, below which a longer run would not cha
 STIFFENING = 10.0  # dK/dP of organic liquids, 1/C - 1 of Tait's C = 0.087 (Dymond, Int. J. Thermophys. 9, 941, 1988)
 # what may change between calls
 FREE = {"output", "parent", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"}
-UNSURE = 0.3  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 % of it
+RESPONSE = 0.7  # of a shift that is left when the liquid has answered; 0.45 to 0.7 by linear response, -cov(P, dU)/kT
+UNSURE = 0.5  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 %, some 500 bar with far less
 MEASURED = "measured.json"
 BROKEN = 0.25  # a density error this large, relative, is an error of input or a broken model
 
@@ -67,7 +69,7 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     quantum = load_frames(config.data, max_force=20.0, say=say)
     history: list[list[dict[str, Any]]] = []
     model = source
-    for number in range(config.rounds + 1):
+    for number in range(config.rounds):
         folder = work / f"round-{number:02d}"
         rows = measure_all(
             model,
@@ -80,13 +82,10 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
         )
         history.append(rows)
         say(f"round {number}, {model.name}\n{measurement_table(rows)}")
-        if all(abs(row["density_error"]) * units.GRAM_PER_CM3 <= config.tolerance for row in rows):
+        if _within(config, rows):
             break
-        if number == config.rounds:
-            raise ConvergenceError(_failure(config, history))
         shifts = [wanted_shift([before[k] for before in history]) for k in range(len(rows))]
         model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
-
     common: dict[str, Any] = {"config": config, "seed": config.seed + 500, "say": say}
 
     def estimated(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -96,11 +95,15 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
         place = work / f"density-{file_sha256(model)[:12]}"  # nothing is taken for the result of another model
         return measure_all(model, rows, place, act=measure_density, after=after, **common)
 
-    known = history[0] if parent == source else estimated(config.aligned_rows())
-    aligned = {"before": known, "after": simulated(config.aligned_rows(), folder)}
+    aligned = {"after": simulated(config.aligned_rows(), folder)}
+    say(f"at constant pressure, {model.name}\n{measurement_table(aligned['after'])}")
+    if not _within(config, history[-1]) and not _within(config, aligned["after"]):
+        raise ConvergenceError(_failure(config, [*history, aligned["after"]]))
+    aligned["before"] = history[0] if parent == source else estimated(config.aligned_rows())
     tests = {"before": estimated(config.test_rows())}
     tests["after"] = simulated(config.test_rows(), work / f"pressure-{file_sha256(parent)[:12]}")
-    return _report(config, parent, model, n_rounds=number, aligned=aligned, tests=tests, quantum=quantum, say=say)
+    n_rounds = len(history) - _within(config, history[-1])
+    return _report(config, parent, model, n_rounds=n_rounds, aligned=aligned, tests=tests, quantum=quantum, say=say)
 
 
 def measure_all(
@@ -214,6 +217,10 @@ def measure_density(
     }
 
 
+def _within(config: AlignConfig, rows: Sequence[Mapping[str, Any]]) -> bool:
+    return all(abs(row["density_error"]) * units.GRAM_PER_CM3 <= config.tolerance for row in rows)
+
+
 def _refuse_broken(result: Mapping[str, Any]) -> None:
     """Raise InputError where a density error is so large that the measured density or the model is broken."""
     if abs(result["density_error"]) > BROKEN * result["density_measured"]:
@@ -228,8 +235,8 @@ def wanted_shift(rounds: Sequence[Mapping[str, Any]]) -> float:
     """Return the change of pressure to ask for [bar], given the same liquid in all rounds.
 
     After a correction of -e the excess is expected to be 0, with the variance v + (UNSURE e)^2 of what is known. A
-    measurement m ± s then makes it e = v m / (v + s^2), of variance v s^2 / (v + s^2), all of which is asked for: noise
-    is not put into the model, and rounds add up to one long measurement.
+    measurement m ± s then makes it e = v m / (v + s^2), of variance v s^2 / (v + s^2): noise is not put into the model,
+    and rounds add up to one long measurement. -e / RESPONSE is asked for, as liquids partly evade a correction.
     """
     excess, variance = 0.0, math.inf
     for row in rounds:
@@ -237,7 +244,7 @@ def wanted_shift(rounds: Sequence[Mapping[str, Any]]) -> float:
         trust = 1.0 if math.isinf(variance) else variance / (variance + noise)
         excess = trust * row["excess_bar"]
         variance = trust * noise + (UNSURE * excess) ** 2
-    return -float(excess)
+    return -float(excess) / RESPONSE
 
 
 def density_error(density: float, strain: float) -> float:
