@@ -74,6 +74,13 @@ class Realisation:
         return text
 
 
+def molecules_of(composition: Composition) -> set[str]:
+    """Return the names of the molecules and ions of a composition."""
+    ions = {ion for name in composition.salts for ion in salt(name)}
+    names = {*composition.solvents, *composition.counts}
+    return ions | {part for name in names for part in (salt(name) if name in SALTS else (name,))}
+
+
 def parse_composition(text: str) -> Composition:
     """Read ``<amount> <m|M|mol/kg|mol/L> SALT [+ ...] in SOLVENT[:SOLVENT...] a:b[...] <wt|mol|vol>``.
 

@@ -78,9 +78,11 @@ class ModelBlock(_Block):
 
     committee  further models, trained alike from other seeds: each runs the whole protocol, watched by all others, and
                every property gets its spread over the models
+    untrained  run also molecules that the data of the model did not hold
     """
 
     name: str = "default"
+    untrained: bool = False
     committee: Annotated[tuple[str, ...], Field(max_length=15)] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"

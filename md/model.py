@@ -13,7 +13,9 @@ from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator as ForceFieldEvaluator
 from bamboo.evaluator import best_device
 from bamboo.files import file_sha256
+from bamboo.structure.molecules import canonical_smiles, molecule
 from bamboo.system import System
+from md.composition import molecules_of
 from md.config import RunConfig
 from md.engine.state import Evaluator, MDState
 
@@ -39,6 +41,8 @@ def load_model(config: RunConfig) -> Model:
     elif device == "cuda" and not torch.cuda.is_available():
         raise InputError("model.device is cuda, but PyTorch finds no CUDA device. Use cpu or auto.")
     path = checkpoint.resolve(config.model.name)
+    if not config.model.untrained:
+        check_molecules(config)
     force_field = checkpoint.load(path, dtype=getattr(torch, config.model.dtype))
     evaluator = ForceFieldEvaluator(force_field, device=device)
     where = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
@@ -55,6 +59,20 @@ def load_model(config: RunConfig) -> Model:
         "dtype": config.model.dtype,
     }
     return Model(evaluator, description, record)
+
+
+def check_molecules(config: RunConfig) -> None:
+    """Raise InputError for molecules that the data of the model did not hold, where its card says which it held."""
+    known: dict[str, str] = checkpoint.describe(checkpoint.resolve(config.model.name))["card"].get("molecules", {})
+    if not known:
+        return
+    held = {canonical_smiles(smiles) for smiles in known.values()}
+    asked = {name for one in config.each_condition().values() for name in molecules_of(one.what())}
+    if unknown := sorted(name for name in asked if canonical_smiles(molecule(name).smiles) not in held):
+        raise InputError(
+            f"The model {config.model.name} has never seen {', '.join(unknown)}; it knows {', '.join(known)}. Train a model "
+            "on data of these molecules (examples/4_train.py), or run it all the same with `model: {untrained: true}`."
+        )
 
 
 def device_of(evaluator: Evaluator) -> torch.device:

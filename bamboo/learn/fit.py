@@ -26,6 +26,8 @@ from bamboo.learn.losses import LossWeights
 from bamboo.learn.samples import far_pairs, fit_references, make_samples, shift_references
 from bamboo.nn.get import NetworkConfig
 from bamboo.quantum.dataset import Frame, read_frames
+from bamboo.structure.molecules import molecule
+from bamboo.structure.recognition import recognise
 from bamboo.terms.d3_table import fill_d3_table
 from bamboo.terms.dispersion import DispersionConfig
 
@@ -337,12 +339,32 @@ def _card(config: TrainConfig, frames: Sequence[Frame], errors: dict[str, Errors
         "caveat": config.caveat,
         "date": date,
         "levels": sorted({frame.labels.level for frame in frames}),
+        "molecules": {name: molecule(name).smiles for name in sorted(_molecules(config, frames))},
         "frames": dict(Counter(frame.kind for frame in frames)),
         "settings": json.loads(config.model_dump_json(exclude={"data", "output", "description", "caveat"})),
         **card_of_errors(errors),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
+
+
+def _molecules(config: TrainConfig, frames: Sequence[Frame]) -> set[str]:
+    """Return the names of the molecules in frames whose bonds are all as they should be, and of those ``start`` knew.
+
+    One frame of each formula suffices: those that differ in their molecules only would have to be isomers.
+    """
+    names = set(checkpoint.describe(config.start)["card"].get("molecules", {})) if config.start is not None else set()
+    told: set[bytes] = set()
+    for frame in frames:
+        formula = np.sort(frame.system.numbers).tobytes()
+        if formula in told:
+            continue
+        try:
+            names |= set(recognise(frame.system)[0])
+        except InputError:  # a broken or crowded frame, or a molecule that has no name
+            continue
+        told.add(formula)
+    return names
 
 
 def _number(value: float) -> float | None:

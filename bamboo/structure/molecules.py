@@ -161,6 +161,14 @@ def salt(name: str) -> dict[str, int]:
 
 
 @cache
+def canonical_smiles(smiles: str) -> str:
+    """Return the one SMILES that all SMILES of a molecule lead to (RDKit's)."""
+    from rdkit import Chem
+
+    return str(Chem.CanonSmiles(smiles))  # type: ignore[no-untyped-call]
+
+
+@cache
 def molecule_from_smiles(smiles: str, *, name: str | None = None) -> Molecule:
     """Build a molecule from SMILES: ETKDG conformers, relaxed by MMFF94 (UFF where it lacks parameters), lowest kept.
 
