@@ -70,8 +70,9 @@ def check_molecules(config: RunConfig) -> None:
     asked = {name for one in config.each_condition().values() for name in molecules_of(one.what())}
     if unknown := sorted(name for name in asked if canonical_smiles(molecule(name).smiles) not in held):
         raise InputError(
-            f"The model {config.model.name} has never seen {', '.join(unknown)}; it knows {', '.join(known)}. Train a model "
-            "on data of these molecules (examples/4_train.py), or run it all the same with `model: {untrained: true}`."
+            f"The model {config.model.name} has never seen {', '.join(unknown)}; it knows {', '.join(known)}. Train "
+            "a model on data of these molecules (examples/4_train.py), or run it all the same with "
+            "`model: {untrained: true}`."
         )
 
 
