@@ -31,9 +31,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from bamboo.checkpoint import zoo
 from bamboo.errors import CheckpointedStop
 from bamboo.files import file_sha256, write_json, write_text
+from bamboo.signals import StopSignals
 from md.composition import parse_composition
 from md.config import RunConfig, dump_config, folder_name, load_config
-from md.engine.signals import StopSignals
 from md.quantities import MOST_SEVERAL, Temperature, validator
 from md.run_folder import is_locked
 from md.yaml_model import Problem, load_yaml

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bamboo import checkpoint, units
 from bamboo.errors import InputError
+from bamboo.files import held, replacing
 from bamboo.forcefield import ForceField, ForceFieldConfig
 from bamboo.learn.ensemble import ENSEMBLE
 from bamboo.learn.evaluate import MODERATE_FORCE, MODERATE_TEMPERATURE, Errors, evaluate
@@ -217,9 +218,13 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
     """Train, write the model file with its card, return the held-out errors by group.
 
     Continues exactly where an interrupted run of the same settings stopped (its state lies beside the output).
+    Raises LockedError where another process trains the same output, CheckpointedStop after SIGTERM.
     """
-    folder = config.output.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    with held(config.output.with_suffix(".lock"), what=str(config.output)):
+        return _train(config, say=say)
+
+
+def _train(config: TrainConfig, *, say: Callable[[str], None]) -> dict[str, Errors]:
     frames = load_frames(config.data, max_force=config.max_force, say=say)
     parts: dict[str, list[Frame]] = {
         "train": [frame for frame in frames if frame.split == "train"],
@@ -247,8 +252,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = print) -> dict[st
     )
     best = _Best(loop, config.output.with_suffix(".best.safetensors"))
     log = config.output.with_suffix(".csv")
-    if loop.step == 0:
-        log.unlink(missing_ok=True)  # of an earlier training: its columns and epochs would be mixed with ours
+    _forget_after(log, loop.step)
     started = time.strftime("%Y-%m-%d")
 
     def listener(progress: Progress) -> None:
@@ -370,6 +374,17 @@ def _molecules(config: TrainConfig, frames: Sequence[Frame]) -> set[str]:
 def _number(value: float) -> float | None:
     """Return None for nan, which JSON does not know."""
     return None if math.isnan(value) else value
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop rows of the log beyond a step, which are done again, or the log of an earlier training."""
+    if step == 0 or not log.exists():
+        log.unlink(missing_ok=True)
+        return
+    with open(log, newline="", encoding="utf-8") as file:
+        first, *rows = csv.reader(file)
+    with replacing(log) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([first, *(row for row in rows if int(row[first.index("step")]) <= step)])
 
 
 def _log(path: Path, progress: Progress, errors: dict[str, Errors]) -> None:

@@ -25,6 +25,7 @@ from bamboo.files import replacing
 from bamboo.forcefield import ForceField
 from bamboo.learn.losses import LossWeights, loss_parts, total_loss
 from bamboo.learn.samples import EdgeBudgetSampler, unpack
+from bamboo.signals import StopSignals
 
 REPORT_SECONDS = 20.0
 
@@ -155,7 +156,14 @@ class Loop:
         return self.config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * fraction))
 
     def run(self, listener: Callable[[Progress], None]) -> None:
-        """Optimise to the end; the listener hears of every epoch and, in between, every ``REPORT_SECONDS``."""
+        """Optimise to the end; the listener hears of every epoch and, in between, every ``REPORT_SECONDS``.
+
+        Raises CheckpointedStop after SIGTERM where there is a place for the state, which is saved first.
+        """
+        with StopSignals(active=self.state_path is not None) as signals:
+            self._run(listener, signals)
+
+    def _run(self, listener: Callable[[Progress], None], signals: StopSignals) -> None:
         started, first_step = time.monotonic(), self.step
         saved = reported = started
         while self.epoch < self.config.epochs:
@@ -183,10 +191,12 @@ class Loop:
                 for name, value in self._step(data).items():
                     sums[name] = sums.get(name, 0.0) + value
                     counts[name] = counts.get(name, 0) + 1
-                now = time.monotonic()
-                if self.state_path is not None and now - saved > self.config.save_seconds:
+                now, stopped = time.monotonic(), signals.received is not None
+                if self.state_path is not None and (stopped or now - saved > self.config.save_seconds):
                     self.save(self.state_path)
                     saved = now
+                if stopped:
+                    signals.leave(f"training stopped at step {self.step}, state saved")
                 if now - reported > REPORT_SECONDS:
                     tell(False)
                     reported = now

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from bamboo.errors import GuardError, InputError
+from bamboo.signals import StopSignals
 from bamboo.units import BAR
 from md.engine import restart
 from md.engine.guards import CAUSE_BLOWUP, Guard, Violation, check_guards, guard_error
 from md.engine.integrators import Integrator
 from md.engine.reporters import ProgressDisplay, ProgressReport, Reporter
-from md.engine.signals import StopSignals
 from md.engine.state import Evaluator, MDState
 from md.engine.stepper import Stepper
 

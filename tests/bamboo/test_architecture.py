@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "bamboo").rglob("*.py"), *(ROOT / "md").rglob("*.py")])
 # rooms of the force field in the order of ARCHITECTURE.md: a file imports from its own room and those before
 ROOMS = [
-    ["bamboo.units", "bamboo.errors", "bamboo.elements", "bamboo.files"],
+    ["bamboo.units", "bamboo.errors", "bamboo.elements", "bamboo.files", "bamboo.signals"],
     ["bamboo.system"],
     ["bamboo.neighbors"],
     ["bamboo.nn", "bamboo.terms"],

@@ -11,7 +11,8 @@ from springs import FRAMES, small_force_field, spring_frame
 from torch_geometric.data import Batch as Stack
 
 from bamboo import checkpoint
-from bamboo.errors import InputError
+from bamboo.errors import InputError, LockedError
+from bamboo.files import held
 from bamboo.forcefield import ForceField
 from bamboo.learn.evaluate import disagreement, evaluate
 from bamboo.learn.fit import (
@@ -49,6 +50,8 @@ def test_training_learns_and_writes_a_usable_model(tmp_path: Path) -> None:
         weights=WeightsBlock(virial=0.0),
     )
     said: list[str] = []
+    with held(tmp_path / "model.lock", what="a test"), pytest.raises(LockedError, match="another run"):
+        train(config)
     errors = train(config, say=said.append)
     forces = np.concatenate([frame.labels.forces for frame in frames if frame.labels.forces is not None])
     assert errors["all"].forces < 0.7 * float(np.sqrt((forces**2).mean()))

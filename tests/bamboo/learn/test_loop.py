@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from springs import FRAMES, run_loop, small_force_field
 
-from bamboo.errors import InputError
+from bamboo.errors import CheckpointedStop, InputError
 from bamboo.learn.fit import (
+    _forget_after,
     _log,
 )
 from bamboo.learn.loop import Loop, LoopConfig, Progress, _moving_average
@@ -36,6 +41,25 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert resumed.step == whole.step
     for name, value in whole.averaged.state_dict().items():
         assert torch.equal(value, resumed.averaged.state_dict()[name]), name
+
+
+def test_a_signal_saves_the_state_of_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What batch systems send before they kill: nothing is lost, and the command may be repeated."""
+    path, step = tmp_path / "state.safetensors", Loop._step
+
+    def signalled(self: Loop, data: Any) -> dict[str, float]:
+        losses = step(self, data)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    loop = run_loop(path)
+    loop.config = replace(loop.config, save_seconds=1.0e9)
+    monkeypatch.setattr(Loop, "_step", signalled)
+    with pytest.raises(CheckpointedStop, match="stopped at step 5, state saved; the same command continues it"):
+        loop.run(lambda _: None)
+    assert run_loop(path).step == 5
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
@@ -96,6 +120,16 @@ def test_log_keeps_its_columns_when_resumed_at_the_end_of_an_epoch(tmp_path: Pat
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row["train_loss"] for row in rows] == ["0.5", ""]
     assert [row["validation_forces_pooled_eV_A"] for row in rows] == ["nan", "nan"]
+
+
+def test_epochs_that_are_done_again_stand_in_the_log_once(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    for step in (10, 20, 30):
+        _log(path, Progress(step / 10, step, 40, 1.0e-3, {"loss": 1.0 / step}, 0.0, True), {})
+    _forget_after(path, 25)
+    assert [row["step"] for row in csv.DictReader(path.read_text().splitlines())] == ["10", "20"]
+    _forget_after(path, 0)
+    assert not path.exists()
 
 
 def test_learning_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
