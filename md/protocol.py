@@ -133,6 +133,11 @@ def ensemble(stage: Dynamics, *, pressure: float) -> Ensemble:
     )
 
 
+def transport_objection(config: RunConfig, stage: Dynamics) -> str | None:
+    """Return why transport cannot be taken from a stage, None where it can."""
+    return ensemble(stage, pressure=config.target_pressure).transport_objection
+
+
 def guards(
     config: RunConfig,
     stage: Dynamics,

@@ -22,9 +22,11 @@ from md.analysis.statistics import combine, equilibration_start, series_mean
 from md.analysis.structure import LIGANDS, NO_SHELL, coordination_numbers, ion_pairing
 from md.analysis.viscosity import viscosity
 from md.config import NPT, Minimise, RunConfig
+from md.property_names import property_of
 from md.protocol import TRANSPORT
 from md.recording import trajectory_path
 from md.run_folder import RunFolder
+from md.run_length import needed_ps
 from md.topology import Floats, Topology
 from md.trajectory import ThermoSeries, Trajectory
 
@@ -43,12 +45,31 @@ def dynamics_folders(folder: RunFolder, config: RunConfig) -> list[tuple[protoco
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage wrote: its series, and one trajectory per replica; ``note`` says what was left out."""
+    """What a stage wrote: its series, and one trajectory per replica; ``note`` says what was left out.
+
+    discarded_ps  length of what was left out at its beginning
+    """
 
     name: str
     thermo: ThermoSeries
     trajectories: Sequence[Trajectory]
     note: str | None = None
+    discarded_ps: float = 0.0
+
+    @property
+    def length_ps(self) -> float:
+        """Simulated time that is used [ps]."""
+        return float(self.thermo.time_ps[-1] - self.thermo.time_ps[0])
+
+    @property
+    def length(self) -> str:
+        """How long it lasted, and how much of that is used."""
+        whole = format_time(self.length_ps + self.discarded_ps)
+        return f"{whole}, of which {format_time(self.length_ps)} are usable" if self.discarded_ps > 0.0 else whole
+
+    @property
+    def has_ions(self) -> bool:
+        return bool(self.trajectories[0].topology.molecule_charges.any())
 
     def equilibrated(self) -> "StageData":
         """Return the stage from where its potential energy is stationary: a new volume or temperature takes its time.
@@ -60,10 +81,13 @@ class StageData:
         if discarded == 0:
             return self
         since_ps = float(series.time_ps[discarded])
-        note = f"first {format_time(since_ps - float(series.time_ps[0]))} discarded"
+        discarded_ps = since_ps - float(series.time_ps[0])
+        note = f"first {format_time(discarded_ps)} discarded"
         if not found:
             note += ": the potential energy drifts to the end, equilibrate longer before relying on this"
-        return StageData(self.name, series.since(since_ps), [t.since(since_ps) for t in self.trajectories], note)
+        return StageData(
+            self.name, series.since(since_ps), [t.since(since_ps) for t in self.trajectories], note, discarded_ps
+        )
 
 
 def stage_data(folder: RunFolder, config: RunConfig, *, suits: Callable[[protocol.Dynamics], bool]) -> StageData | None:
@@ -83,7 +107,7 @@ def production(folder: RunFolder, config: RunConfig) -> StageData | None:
     """
 
     def supports(stage: protocol.Dynamics) -> bool:
-        return protocol.ensemble(stage, pressure=config.target_pressure).transport_objection is None
+        return protocol.transport_objection(config, stage) is None
 
     data = stage_data(folder, config, suits=supports) or stage_data(folder, config, suits=lambda stage: True)
     return data and data.equilibrated()
@@ -101,15 +125,17 @@ def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
         if npt is None:
             properties["density"] = no_value("the run has no npt stage", unit="g/cm3", method="NPT average")
         else:
-            properties |= _or_reason("density", "g/cm3", lambda: density(npt.thermo))
+            found = _or_reason("density", "g/cm3", lambda: density(npt.thermo))
+            properties |= {name: _with_needed(estimate, name, npt) for name, estimate in found.items()}
     data = production(folder, config)
     if data is None:
         missing = sorted(asked - {"density"})
         return properties | {name: no_value("no stage of dynamics has run", unit="", method="") for name in missing}
     n_frames = min(trajectory.n_frames for trajectory in data.trajectories)
     if n_frames < FEWEST_FRAMES:
-        reason = f"{data.name} holds {n_frames} frames of equilibrium, too few for any analysis: run longer"
-        return properties | {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
+        reason = f"not converged: {data.name} lasted {data.length}, {n_frames} frames, too few for any analysis"
+        missing = {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
+        return properties | {name: _with_needed(e, name, data) for name, e in missing.items()}
     measured = production_properties(asked, data)
     if data.note is not None:
         measured = {name: e if e.value is None else e.with_warning(data.note) for name, e in measured.items()}
@@ -124,8 +150,7 @@ def production_properties(asked: set[str], data: StageData) -> dict[str, Estimat
     if "viscosity" in asked:
         properties |= eta
     if "conductivity" in asked:
-        charged = bool(data.trajectories[0].topology.molecule_charges.any())
-        if charged:
+        if data.has_ions:
             properties |= _or_reason(
                 "conductivity", "mS/cm", lambda: conductivity(data.trajectories, temperature_K=temperature_K)
             )
@@ -146,23 +171,30 @@ def production_properties(asked: set[str], data: StageData) -> dict[str, Estimat
 
 
 def long_enough(properties: dict[str, Estimate], data: StageData) -> dict[str, Estimate]:
-    """Withdraw what comes from a stage shorter than ``SHORTEST_PS``: statistics cannot see motions slower than a run.
+    """Withdraw what comes from less than ``SHORTEST_PS``: statistics cannot see motions slower than a run.
 
     A shell around an ion lives for 10 ps and more; before that, any average shows how the box was packed.
+    Whatever is not converged gets the time that it takes as a rule.
     """
-    length_ps = float(data.thermo.time_ps[-1] - data.thermo.time_ps[0])
-    if length_ps >= SHORTEST_PS:
-        return properties
-    reason = (
-        f"not converged: {data.name} lasted {format_time(length_ps)}, a liquid needs at least "
-        f"{format_time(SHORTEST_PS)}, ion transport some ns"
-    )
-    return {
-        name: no_value(reason, unit=estimate.unit, method=estimate.method, n_effective=estimate.n_effective)
-        if estimate.value is not None or estimate.warnings[0].startswith(("not converged", NO_SHELL))
-        else estimate
-        for name, estimate in properties.items()
-    }
+    if data.length_ps < SHORTEST_PS:
+        reason = f"not converged: {data.name} lasted {data.length}"
+        properties = {
+            name: no_value(reason, unit=estimate.unit, method=estimate.method, n_effective=estimate.n_effective)
+            if estimate.value is not None or estimate.warnings[0].startswith(("not converged", NO_SHELL))
+            else estimate
+            for name, estimate in properties.items()
+        }
+    return {name: _with_needed(estimate, name, data) for name, estimate in properties.items()}
+
+
+def _with_needed(estimate: Estimate, name: str, data: StageData) -> Estimate:
+    """Add what the property takes as a rule, where a shorter stage has given no value."""
+    asked, replicas = property_of(name), len(data.trajectories)
+    needed = needed_ps(asked, ions=data.has_ions, replicas=replicas)
+    if estimate.value is not None or not estimate.warnings[0].startswith("not converged") or data.length_ps >= needed:
+        return estimate
+    each = " in each replica" if replicas > 1 else ""
+    return estimate.with_warning(f"as a rule {asked} takes some {format_time(needed)}{each}")
 
 
 def coordination(trajectories: Sequence[Trajectory]) -> dict[str, Estimate]:

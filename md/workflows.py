@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from md.analysis.estimate import Estimate
 from md.citations import bibliography
 from md.composition import Realisation, realise
 from md.conditions import Condition, conditions_of, per_replica, portions, start_box, start_systems
-from md.config import NVT, Minimise, RunConfig, Stage
+from md.config import NVT, Minimise, Property, RunConfig, Stage
 from md.engine import restart
 from md.engine.minimiser import minimise
 from md.engine.reporters import Reporter, ThermoTable, WallTimeLimit, duration_text
@@ -31,6 +31,7 @@ from md.model import Model, check_memory, device_of, load_model, memory_needed, 
 from md.recording import FrameRecorder, ThermoRecorder
 from md.results import analyse, mean_volume, over_models, property_table, write_properties, write_thermo_table
 from md.run_folder import RunFolder
+from md.run_length import Outlook, outlook
 from md.run_log import RunLog
 
 DEVIATION_WORTH_A_WARNING = 0.05  # relative, of a realised amount from the asked one
@@ -301,12 +302,19 @@ def _banner(log: RunLog, conditions: Sequence[Condition], model: Model, *, folde
     for condition in conditions:
         replicas = f", {condition.n_replicas} replicas" if condition.n_replicas > 1 else ""
         log.line(f"box    {condition.title}{condition.box}, charge 0{replicas}")
-        deviation = condition.box.worst_deviation
-        if deviation > DEVIATION_WORTH_A_WARNING:
-            log.line(
-                f"       this box is too small for what was asked: an amount is off by {deviation:.0%}. "
-                "More atoms (build.atoms) come closer."
-            )
+        if warning := _size_warning(condition.box):
+            log.line(f"       {warning}")
+
+
+def _size_warning(box: Realisation) -> str | None:
+    """Return what is to be said of a box that misses its composition, None where it meets it."""
+    deviation = box.worst_deviation
+    if deviation <= DEVIATION_WORTH_A_WARNING:
+        return None
+    return (
+        f"this box is too small for what was asked: an amount is off by {deviation:.0%}. "
+        "More atoms (build.atoms) come closer."
+    )
 
 
 def _contents(conditions: Sequence[Condition]) -> dict[str, Any]:
@@ -323,31 +331,47 @@ def analyse_folder(folder: Path) -> tuple[dict[str, Estimate], list[str]]:
 
 @dataclass(frozen=True)
 class Check:
-    """What `bamboo-md check` found: the boxes of every condition, the speed of all, and the length of every stage."""
+    """What `bamboo-md check` found: the boxes of every condition, the speed of all, and the length of every stage.
+
+    outlook  for every condition what its stages can give of every property
+    """
 
     model: str
     boxes: dict[str, tuple[Realisation, float]]  # name of the condition -> content, length as packed [Å]
     seconds_per_step: float
     memory_bytes: float | None  # None where it is not known
     stages: dict[str, int]  # name -> steps
+    outlook: dict[str, dict[Property, Outlook]]
 
     def __str__(self) -> str:
         total = sum(self.stages.values())
         lines = [self.model]
         for name, (box, length_A) in self.boxes.items():
             lines.append(f"box    {f'{name}: ' if name else ''}{box}, charge 0, {length_A:.1f} Å as packed")
+            if warning := _size_warning(box):
+                lines.append(f"       {warning}")
         if self.memory_bytes is not None:
             lines.append(f"memory about {self.memory_bytes / 1e9:.1f} GB")
         for name, steps in self.stages.items():
             lines.append(f"{name:<20s} {steps:>9d} steps  {duration_text(steps * self.seconds_per_step)}")
         duration = duration_text(total * self.seconds_per_step)
         lines.append(f"{'all':<20s} {total:>9d} steps  {duration} at {1e3 * self.seconds_per_step:.3g} ms per step")
+        alike = all(found == next(iter(self.outlook.values())) for found in self.outlook.values())
+        for name, found in list(self.outlook.items())[: 1 if alike else None]:
+            title = f"{name}: " if name and not alike else ""
+            lines += [f"{title}{asked}: {one.text}" for asked, one in found.items()]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content as JSON types; with several conditions the boxes by name."""
         boxes = {
-            name: {"counts": box.counts, "n_atoms": box.n_atoms, "length_A": length_A}
+            name: {
+                "counts": box.counts,
+                "n_atoms": box.n_atoms,
+                "length_A": length_A,
+                "warning": _size_warning(box),
+                "properties": {asked: asdict(one) for asked, one in self.outlook[name].items()},
+            }
             for name, (box, length_A) in self.boxes.items()
         }
         return {
@@ -383,4 +407,6 @@ def check(config: RunConfig, *, model: Model | None = None) -> Check:
         protocol.stage_name(index, stage): stage.steps if isinstance(stage, Minimise) else protocol.n_steps(stage)
         for index, stage in enumerate(config.stages)
     }
-    return Check(model.description, boxes, total, memory_needed(model.evaluator, n_atoms * n_models), stages)
+    prospects = {name: outlook(one, boxes[name][0], seconds_per_step=total) for name, one in alone.items()}
+    memory = memory_needed(model.evaluator, n_atoms * n_models)
+    return Check(model.description, boxes, total, memory, stages, prospects)

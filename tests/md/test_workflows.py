@@ -219,13 +219,23 @@ def test_sixty_femtoseconds_are_not_called_a_density(finished: tuple[Path, str])
 def test_what_a_short_stage_gives_is_withdrawn_and_a_long_one_kept() -> None:
     value = Estimate(1.0, 0.1, "mPa s", 30.0, "Green-Kubo")
     none = no_value("no ions", unit="mS/cm", method="")
-    series = SimpleNamespace(time_ps=np.array([0.0, 49.0]))
-    short = long_enough({"viscosity": value, "conductivity": none}, SimpleNamespace(thermo=series, name="04-nvt"))
+    series = SimpleNamespace(time_ps=np.array([50.0, 99.0]))
+    topology = SimpleNamespace(molecule_charges=np.array([1.0, -1.0]))
+    data = StageData("04-nvt", series, [SimpleNamespace(topology=topology)], "first 50 ps discarded", 50.0)
+    short = long_enough({"viscosity": value, "conductivity": none}, data)
     assert short["viscosity"].value is None
-    assert short["viscosity"].warnings[0].startswith("not converged: 04-nvt lasted 49 ps, a liquid needs at least")
+    assert short["viscosity"].warnings == (
+        "not converged: 04-nvt lasted 99 ps, of which 49 ps are usable",
+        "as a rule viscosity takes some 2 ns",
+    )
     assert short["conductivity"] is none
-    series.time_ps[-1] = 51.0
-    assert long_enough({"viscosity": value}, SimpleNamespace(thermo=series, name="04-nvt")) == {"viscosity": value}
+    series.time_ps[-1] = 101.0
+    assert long_enough({"viscosity": value}, data) == {"viscosity": value}
+    unsure = no_value("not converged: run at least 200 ps", unit="mS/cm", method="")
+    kept = long_enough({"ionicity": unsure}, replace(data, trajectories=data.trajectories * 4))["ionicity"]
+    assert kept.warnings == (*unsure.warnings, "as a rule conductivity takes some 2.5 ns in each replica")
+    series.time_ps[-1] = 3000.0
+    assert long_enough({"ionicity": unsure}, replace(data, trajectories=data.trajectories * 4)) == {"ionicity": unsure}
 
 
 def test_the_property_table_groups_reasons() -> None:
