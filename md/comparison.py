@@ -66,6 +66,14 @@ def comparisons(
     return found
 
 
+def unmeasured(
+    config: RunConfig, asked: Sequence[str], *, table: Sequence[Measurement] | None = None
+) -> list[str]:  # fmt: skip
+    """Return those of some properties, of the measurable ones, that the table holds no value of for this liquid."""
+    rows = [row for row in (load_measurements(CURATED) if table is None else table) if matches(row, config)]
+    return [name for name in MEASURED if name in asked and all(getattr(row, name) is None for row in rows)]
+
+
 def matches(row: Measurement, config: RunConfig) -> bool:
     """Tell whether a measurement is of the composition, temperature and pressure of a run of one condition."""
     if abs(row.temperature - config.temperature_K) > SAME_TEMPERATURE_K:

@@ -70,8 +70,7 @@ def production_window(folder: RunFolder, config: RunConfig) -> tuple[StageData, 
     if used is None or used.thermo.n_samples < 2:
         return None
     time_ps = used.thermo.time_ps
-    found = used.note is None or "drifts" not in used.note
-    return used, Window(used.name, "potential energy", float(time_ps[0]), float(time_ps[-1]), found)
+    return used, Window(used.name, "potential energy", float(time_ps[0]), float(time_ps[-1]), not used.drifts)
 
 
 def running_estimates(

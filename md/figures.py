@@ -10,6 +10,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 
 from bamboo import units
+from md.analysis.density import SHORTEST_PS
 from md.analysis.diffusion import barycentric_centres, mean_squared_displacement
 from md.analysis.estimate import NORMAL_95, Estimate, format_with_error
 from md.analysis.statistics import autocovariance, equilibration_start
@@ -17,6 +18,7 @@ from md.analysis.structure import radial_distribution
 from md.analysis.viscosity import deviatoric_components
 from md.config import NPT, RunConfig
 from md.convergence import Points, Window
+from md.property_names import readable
 from md.results import StageData, has_element, monatomic_cations, production, stage_data
 from md.run_folder import RunFolder
 from md.topology import Floats, Topology
@@ -40,20 +42,27 @@ def write_figures(folder: RunFolder, config: RunConfig, properties: dict[str, Es
     if data is not None and data.thermo.n_samples > 1 and data.thermo.ensemble.transport_objection is None:
         figures["viscosity"] = viscosity_figure(data.thermo, properties.get("viscosity"))
     if data is not None and min(trajectory.n_frames for trajectory in data.trajectories) > 2:
-        figures |= _of_frames(data)
+        figures |= _of_frames(data, properties)
     return _saved(folder, figures)
 
 
-def frame_figures(folder: RunFolder, data: StageData) -> list[Path]:
+def frame_figures(folder: RunFolder, data: StageData, properties: dict[str, Estimate]) -> list[Path]:
     """Draw what frames alone support and return the files."""
-    return _saved(folder, _of_frames(data))
+    return _saved(folder, _of_frames(data, properties))
 
 
-def _of_frames(data: StageData) -> dict[str, Figure]:
+def _of_frames(data: StageData, properties: dict[str, Estimate]) -> dict[str, Figure]:
     topology = data.trajectories[0].topology
     figures = {"msd": msd_figure(data)}
     if has_element(topology, "O"):
         figures |= {f"rdf-{cation}-O": rdf_figure(data, cation) for cation in monatomic_cations(topology)}
+    for name, figure in figures.items():
+        # nobody may have asked for the properties behind a figure: the length of the stage speaks then
+        start = "diffusion" if name == "msd" else name.replace("rdf", "coordination").replace("-", "_")
+        found = [estimate for key, estimate in properties.items() if key.startswith(start)]
+        withheld = bool(found) and all(estimate.value is None for estimate in found)
+        if data.drifts or withheld or data.length_ps < SHORTEST_PS:
+            _stamp(figure)
     return figures
 
 
@@ -188,7 +197,10 @@ def convergence_figure(points: dict[str, Points], properties: dict[str, Estimate
         final = properties.get(name)
         if final is not None and final.value is not None:
             axes.axhline(final.value, color="k", lw=0.8)
-        axes.set_title(f"{name} / {found[0][1].unit}" if found[0][1].unit else name, fontsize=8)
+        else:
+            axes.text(0.5, 0.5, "not converged", transform=axes.transAxes, color="#c1121f", alpha=0.5, ha="center")
+        title = readable(name)
+        axes.set_title(f"{title} / {found[0][1].unit}" if found[0][1].unit else title, fontsize=7)
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("time used / ps", fontsize=7)
@@ -257,11 +269,17 @@ def _axes(x_label: str, y_label: str, *, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _stamp(figure: Figure) -> None:
+    """Write across a figure that its data are not converged."""
+    figure.text(0.5, 0.5, "not converged", fontsize=28, color="#c1121f", alpha=0.35, rotation=20, ha="center")
+
+
 def _mark(axes: Axes, estimate: Estimate | None) -> None:
     """Draw an estimate as a line with its 95 % interval; say so where there is none."""
     interval = estimate.interval() if estimate is not None else None
     if estimate is None or estimate.value is None or interval is None:
         axes.plot([], [], " ", label="not converged: no value")
+        _stamp(cast(Figure, axes.figure))
     else:
         axes.axhline(estimate.value, color="k", lw=1.0, label=with_interval(estimate))
         axes.axhspan(*interval, color="k", alpha=0.1)

@@ -382,7 +382,7 @@ def analyse_files(
     data = StageData(paths[0].name, frame_series(trajectories, temperature_K=temperature_K), trajectories)
     properties = frame_properties(data)
     write_properties(run, properties)
-    frame_figures(run, data)
+    frame_figures(run, data, properties)
     return properties, property_table(properties)
 
 

@@ -23,25 +23,25 @@ from bamboo import units
 from bamboo.checkpoint import describe
 from bamboo.errors import BambooError, InputError
 from bamboo.files import file_sha256, write_text
+from bamboo.structure.molecules import molecule
 from bamboo.system import System
 from md import protocol
 from md.analysis.density import UNITS as CONSTANT_PRESSURE
 from md.analysis.estimate import NORMAL_95, Estimate, format_time
 from md.citations import bibliography
-from md.comparison import Comparison, comparisons
+from md.comparison import Comparison, comparisons, unmeasured
 from md.composition import realise
-from md.config import Minimise, RunConfig, dump_config
+from md.config import NVT, Minimise, Property, RunConfig, dump_config
 from md.convergence import Window, density_window, production_window, running_estimates
 from md.figures import box_figure, convergence_figure, series_figure, with_interval
+from md.property_names import HEADINGS, answers, property_of, readable
 from md.recording import build_topology, trajectory_path
 from md.results import dynamics_folders
 from md.run_folder import RunFolder
+from md.run_length import ORDINARY_PRECISION, PRECISION, needed_ps, stage_of
 from md.status import RunStatus, contents, run_of, run_status
 from md.trajectory import ThermoSeries, Trajectory
 
-# relative standard error that counts as good enough, as in the advice that the analysis gives
-PRECISION = {"density": 0.005}
-ORDINARY_PRECISION = 0.1
 FIGURE_BYTES = 2_000_000  # of all figures of a page; base64 makes a third more of it
 PNG_COLOURS = 64
 DPI = 130
@@ -60,9 +60,14 @@ class Picture:
 
 @dataclass
 class Row:
-    """One property in the table: text as shown; ``kind`` is good, doubtful or none."""
+    """One estimate in the table, or several without a value for one reason: text as shown.
+
+    kind  good, doubtful or none
+    keys  names in properties.json
+    """
 
     name: str
+    keys: str
     value: str
     samples: str
     kind: str
@@ -80,9 +85,10 @@ class Section:
     amounts: list[tuple[str, str, str, str]]
     size: str
     properties: dict[str, Estimate]
-    rows: list[Row] = field(default_factory=list)
-    missing: dict[str, list[str]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)  # name of an estimate -> kind of its verdict
+    groups: dict[str, list[Row]] = field(default_factory=dict)  # by heading
     compared: list[Comparison] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -128,8 +134,14 @@ def write_report(folder: Path, *, output: Path | None = None) -> Path:
     album = _Album()
     parts = list(_parts(run, config))
     sections = [_section(part, one, title=title, album=album) for title, part, one in parts]
+    summaries: dict[Summary, list[str]] = {}
+    for section in sections:
+        if section.properties:
+            summaries.setdefault(summary(section), []).append(section.title)
     page = _template().render(
         title=contents(config),
+        summaries=summaries,
+        command=run_of(folder / next(iter(config.each_member()))).manifest().get("command", ""),
         status=status,
         percent=f"{100.0 * status.progress:.0f}",
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -221,21 +233,101 @@ def _section(part: RunFolder, config: RunConfig, *, title: str, album: _Album) -
     except InputError as error:  # data cut short or damaged: the rest of the report is still worth having
         section.problems.append(str(error))
     section.compared = comparisons(config, section.properties)
+    measurable = [name for name in config.properties if name != "conductivity" or any(_charges(box.counts))]
+    section.unmeasured = unmeasured(config, measurable)
     _add_rows(section)
     return section
 
 
+def _charges(counts: Mapping[str, int]) -> list[int]:
+    return [molecule(name).charge for name in counts]
+
+
 def _add_rows(section: Section) -> None:
     windows = {window.judged: window for window in section.windows}
+    missing: dict[tuple[str, str], list[str]] = {}
     for name, estimate in section.properties.items():
+        heading = HEADINGS[property_of(name)]
+        rows = section.groups.setdefault(heading, [])
         window = windows.get("density" if name in CONSTANT_PRESSURE else "potential energy")
         kind, text = verdict(estimate, name=name, window=window)
+        section.kinds[name] = kind
         if kind == "none":
-            section.missing.setdefault(text, []).append(name)
+            missing.setdefault((heading, text), []).append(name)
             continue
         samples = "" if estimate.n_effective is None else f"{estimate.n_effective:.0f}"
         notes = (*estimate.warnings, f"method: {estimate.method}") if estimate.method else estimate.warnings
-        section.rows.append(Row(name, with_interval(estimate), samples, kind, text, notes))
+        rows.append(Row(readable(name), name, with_interval(estimate), samples, kind, text, notes))
+    for (heading, text), names in missing.items():
+        title = "; ".join(readable(name) for name in names)
+        section.groups[heading].append(Row(title, ", ".join(names), "no value", "", "none", text, ()))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the top of the page says of the properties: whether all have a value, in words, and how to go on."""
+
+    complete: bool
+    text: str
+    remedy: str
+
+
+def summary(section: Section) -> Summary:
+    """Return how many properties of a condition have a value, which are not converged, and which stage to lengthen."""
+    states = {name: _state(name, section) for name in section.config.properties}
+    n_values = sum(state in ("converged", "wide") for state in states.values())
+    parts = [f"{n_values} of {len(states)} properties have a value"]
+    words = {"short": "too short, see below", "wide": "wide error bars", "none": "no value, see below"}
+    for state, what in words.items():
+        names = [_plain(name) for name, one in states.items() if one == state]
+        if names:
+            parts.append(f"{', '.join(names)}: {what}")
+    wanting: list[Property] = [name for name, state in states.items() if state in ("short", "wide")]
+    return Summary(set(states.values()) == {"converged"}, "; ".join(parts), _remedy(wanting, section.config))
+
+
+def _plain(name: Property) -> str:
+    return "dielectric constant" if name == "dielectric" else name
+
+
+def _state(name: Property, section: Section) -> str:
+    """Return converged, wide (values with doubt), short (a longer run would give one) or none."""
+    found = answers(name, section.properties)
+    kinds = {section.kinds[one] for one in found} - {"none"}
+    if kinds:
+        return "converged" if kinds == {"good"} else "wide"
+    reasons = [warning for one in found for warning in section.properties[one].warnings[:1]]
+    return "short" if any(reason.startswith("not converged") for reason in reasons) else "none"
+
+
+def _remedy(wanting: Sequence[Property], config: RunConfig) -> str:
+    """Return what to change in the stages of a finished run, '' where nothing is wanting.
+
+    A run goes on from its end (``run_folder.differences``): its last stage may become longer, or others may follow.
+    """
+    ions = any(_charges(realise(config.what(), n_atoms=config.build.atoms).counts))
+    lengths: dict[int, float] = {}
+    for name in wanting:
+        if found := stage_of(name, config):
+            index, stage = found
+            length = needed_ps(name, ions=ions, replicas=config.build.replicas)
+            planned = stage.time / units.PICOSECOND
+            # where the rule was too optimistic, twice as long
+            lengths[index] = max(lengths.get(index, 0.0), length if length > planned else 2.0 * planned)
+    if not lengths:
+        return ""
+    last = len(config.stages) - 1
+    if set(lengths) == {last}:
+        stage_name = protocol.stage_name(last, config.stages[last])
+        return f"Set the time of the last stage, {stage_name}, to {format_time(lengths[last])}"
+    added = []
+    for index in sorted(lengths | ({last: 0.0} if isinstance(config.stages[last], NVT) else {})):
+        stage = config.stages[index]
+        planned = 0.0 if isinstance(stage, Minimise) else stage.time / units.PICOSECOND
+        mean = ", volume: mean" if isinstance(stage, NVT) and stage.volume == "mean" else ""
+        length = format_time(lengths.get(index, 0.0) or planned)
+        added.append(f"{{kind: {stage.kind}, time: {length}{mean}}}")
+    return f"Add at the end of the stages: {', then '.join(added)}"
 
 
 def _add_data(section: Section, part: RunFolder, *, album: _Album, counts: dict[str, int]) -> None:
@@ -305,7 +397,7 @@ def _overview(run: RunFolder, config: RunConfig, sections: Sequence[Section]) ->
             means = {name.removeprefix(prefix): e for name, e in every.items() if name.startswith(prefix)}
             columns[f"mean of models {condition}".strip()] = means
     names = dict.fromkeys(name for found in columns.values() for name, e in found.items() if e.value is not None)
-    rows = {name: [_cell(found.get(name)) for found in columns.values()] for name in names}
+    rows = {readable(name): [_cell(found.get(name)) for found in columns.values()] for name in names}
     return {"columns": list(columns), "rows": rows}
 
 

@@ -48,6 +48,7 @@ class StageData:
     """What a stage wrote: its series, and one trajectory per replica; ``note`` says what was left out.
 
     discarded_ps  length of what was left out at its beginning
+    drifts        whether what is left has no stationary part either
     """
 
     name: str
@@ -55,6 +56,7 @@ class StageData:
     trajectories: Sequence[Trajectory]
     note: str | None = None
     discarded_ps: float = 0.0
+    drifts: bool = False
 
     @property
     def length_ps(self) -> float:
@@ -85,9 +87,8 @@ class StageData:
         note = f"first {format_time(discarded_ps)} discarded"
         if not found:
             note += ": the potential energy drifts to the end, equilibrate longer before relying on this"
-        return StageData(
-            self.name, series.since(since_ps), [t.since(since_ps) for t in self.trajectories], note, discarded_ps
-        )
+        trajectories = [trajectory.since(since_ps) for trajectory in self.trajectories]
+        return StageData(self.name, series.since(since_ps), trajectories, note, discarded_ps, not found)
 
 
 def stage_data(folder: RunFolder, config: RunConfig, *, suits: Callable[[protocol.Dynamics], bool]) -> StageData | None:

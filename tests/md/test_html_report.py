@@ -4,22 +4,26 @@ The run is made up: series with a known start of equilibrium and random walks, w
 """
 
 import json
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bamboo.errors import InputError
 from bamboo.structure.molecules import molecule
 from bamboo.system import System
 from md.analysis.estimate import Estimate, format_with_error, no_value
-from md.comparison import comparisons, matches
+from md.comparison import comparisons, matches, unmeasured
 from md.config import RunConfig, load_config
 from md.convergence import Window, density_window, production_window, running_estimates
-from md.figures import box_figure, series_figure
-from md.html_report import verdict, write_report
+from md.figures import box_figure, frame_figures, series_figure
+from md.html_report import Section, summary, verdict, write_report
 from md.measurements import Measurement
+from md.property_names import answers, property_of, readable
 from md.recording import build_topology
 from md.run_folder import RunFolder
 from md.trajectory import THERMO, Ensemble, ThermoWriter, TrajectoryWriter
@@ -134,12 +138,85 @@ def test_every_property_has_its_number_or_its_reason(measured: tuple[Path, RunCo
     assert {"density", "diffusion_DMC_box"} <= valued.keys() and len(valued) < len(properties)
     for name, found in properties.items():
         if found["value"] is None:
-            assert name in text and found["warnings"][0] in text
+            assert readable(name) in text and name in text and found["warnings"][0] in text
         else:
             number = format_with_error(found["value"], 1.959964 * found["stderr"])
-            assert f"{name} {number} {found['unit']} {found['n_effective']:.0f} " in text, name
+            assert f"{readable(name)} {number} {found['unit']} {found['n_effective']:.0f} " in text, name
     assert "converged to ± " in text and "5 DMC; 60 atoms" in text
     assert "toy" in text and "f" * 64 in text and "bamboo-md run x.yaml" in text and "PACKMOL" in text
+
+
+def test_the_top_says_what_is_usable_and_how_to_go_on(measured: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    text = Page(measured[0] / "report.html").text
+    assert "2 of 3 properties have a value; viscosity: no value, see below finished" in text
+    folder = tmp_path / "short"
+    shutil.copytree(measured[0], folder)
+    properties = json.loads((folder / "properties.json").read_text())
+    properties["viscosity"]["warnings"] = ["not converged: 02-nvt lasted 100 ps"]
+    (folder / "properties.json").write_text(json.dumps(properties))
+    text = Page(write_report(folder)).text
+    assert "2 of 3 properties have a value; viscosity: too short, see below" in text
+    assert "Set the time of the last stage, 02-nvt, to 1 ns" in text
+    assert "then give the same command again: bamboo-md run x.yaml" in text
+    assert text.index("2 of 3 properties") < text.index("finished") < text.index("Model toy")
+
+
+@pytest.mark.parametrize(
+    ("density", "stages", "expected"),
+    [
+        (
+            "not converged: drifts",
+            "{kind: nvt, time: 1 ns, volume: mean}",
+            "npt, time: 200 ps}, then {kind: nvt, time: 1",
+        ),
+        ("not converged: drifts", "{kind: npt, time: 300 ps}", "Set the time of the last stage, 02-npt, to 600 ps"),
+        ("there is no npt stage", "{kind: nvt, time: 1 ns}", ""),
+    ],
+)
+def test_a_density_that_drifts_is_measured_again_at_the_end(
+    density: str, stages: str, expected: str, tmp_path: Path
+) -> None:  # fmt: skip
+    text = CONFIG.split("properties")[0] + "properties: [density]\nstages:\n"
+    config = configured(tmp_path, f"{text}  - {{kind: npt, time: 100 ps}}\n  - {stages}\n")
+    properties = {"density": no_value(density, unit="g/cm3", method="")}
+    section = Section("", config, "", [], "", properties, kinds={"density": "none"})
+    found = summary(section)
+    assert found.text.startswith("0 of 1 properties have a value; density: ") and expected in found.remedy
+    assert bool(expected) == bool(found.remedy) and not found.complete
+
+
+def test_names_are_those_of_people() -> None:
+    assert readable("transference_PF6_barycentric") == "PF6- transference number (barycentric frame)"
+    assert readable("diffusion_EC_box") == "self-diffusion of EC (as in the box)"
+    assert readable("coordination_Li_O_DMC") == "number of O of DMC around Li+"
+    assert readable("coordination_Li_F") == "number of F around Li+"
+    assert readable("residence_time_Li_PF6") == "residence time of PF6- around Li+"
+    assert readable("density") == "density" and property_of("ion_pairing_contact") == "coordination"
+    assert property_of("thermal_expansion") == "density" and property_of("ionicity") == "conductivity"
+    names = ["conductivity", "ionicity", "diffusion_EC", "diffusion_EC_box"]
+    assert answers("conductivity", names) == ["conductivity"] and answers("diffusion", names) == names[2:]
+
+
+def stamped(path: Path) -> bool:
+    """Whether "not converged" stands across a figure, in its red on white."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return bool((np.abs(pixels - [233, 172, 177]).max(axis=2) < 4).sum() > 100)
+
+
+def test_figures_of_what_is_withheld_say_so(measured: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    folder, config = measured
+    assert stamped(folder / "figures/viscosity.png")
+    assert not stamped(folder / "figures/density.png") and not stamped(folder / "figures/msd.png")
+    data = production_window(RunFolder(folder), config)[0]  # type: ignore[index]
+    for name, one, value in (
+        ("withheld", data, None),
+        ("drifting", replace(data, drifts=True), 1.0),
+        ("short", replace(data, thermo=data.thermo.since(60.0)), 1.0),
+    ):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        (path,) = frame_figures(run, one, {"diffusion_DMC_box": Estimate(value, 0.1, "", None, "")})
+        assert stamped(path), name
 
 
 def test_the_page_stands_alone(measured: tuple[Path, RunConfig]) -> None:
@@ -234,6 +311,7 @@ def test_several_conditions_stand_side_by_side(tmp_path: Path) -> None:
         assert page.text.count(f"{number} g/cm3") >= 2  # in the table of all, and in its own
     assert page.text.count("DMC at 298.15 K") == 2  # its density and viscosity are measured there, not at 320 K
     alone = Page(write_report(folder / "320K")).text
+    assert "No measurement of the density, viscosity of this liquid" in alone
     assert "320K" in alone and "298.15K" not in alone and "f" * 64 in alone
 
 
@@ -293,7 +371,11 @@ def test_the_curated_table_is_installed_and_shown(measured: tuple[Path, RunConfi
     assert f"{100.0 * (value / 1.0633 - 1.0):+.1f} %, outside the 95 % interval" in text
     rows = comparisons(config, {"viscosity": no_value("short", unit="mPa s", method="")})
     assert [row.measured for row in rows] == [pytest.approx(0.585)]
-    assert comparisons(config.model_copy(update={"temperature": 320.0}), {"density": Estimate(1, 1, "", 1, "")}) == []
+    warm = config.model_copy(update={"temperature": 320.0})
+    assert comparisons(warm, {"density": Estimate(1, 1, "", 1, "")}) == []
+    assert unmeasured(warm, ["viscosity", "density", "diffusion"]) == ["density", "viscosity"]
+    assert unmeasured(config, ["density", "viscosity", "conductivity"]) == ["conductivity"]
+    assert "No measurement of" not in text
 
 
 def test_verdicts() -> None:

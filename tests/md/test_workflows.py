@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,16 @@ def test_a_longer_stage_continues_and_physics_is_refused(finished: tuple[Path, s
         run_quietly(hotter, folder)
     with pytest.raises(InputError, match="another file"):
         run_quietly(longer, folder, model=toy_model(sha256="1" * 64))
+
+
+def test_stages_added_at_the_end_are_run_by_the_same_command(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    text = (folder / "input.yaml").read_text()
+    added = "  - {kind: npt, time: 20 fs}\n  - {kind: nvt, time: 10 fs, volume: mean}\noutput:"
+    output = run_quietly(load_config(write_config(tmp_path, text.replace("output:", added))), folder)
+    assert "04-nvt  done before" in output and "[6/6] 06-nvt" in output
+    assert (folder / "stages/05-npt/thermo.h5").exists()
 
 
 def test_harmless_and_physical_changes_are_told_apart(tmp_path: Path) -> None:
