@@ -301,24 +301,30 @@ def validate(
 @model_app.command("list")
 @reported
 def model_list(as_json: Json = False) -> None:
-    """List the models that come with the package."""
+    """List the models that come with the package and what each is for."""
     from bamboo.checkpoint import describe, zoo
+    from md.model_card import model_lines
 
-    models = {name: (describe(path)["elements"], path) for name, path in zoo().items()}
     if as_json:
-        _print_json({name: {"elements": elements, "file": str(path)} for name, (elements, path) in models.items()})
-        return
-    for name, (elements, path) in models.items():
-        print(f"{name:<16s} {' '.join(elements)}  {path.name}")
+        _print_json({name: {"elements": describe(file)["elements"], "file": str(file)} for name, file in zoo().items()})
+    else:
+        print("\n".join(model_lines()))
 
 
 @model_app.command("info")
 @reported
-def model_info(name: Annotated[str, typer.Argument(help="Model of the zoo or file.")]) -> None:
-    """Print the header of a model file: elements, settings, and the card with data, errors and caveats."""
+def model_info(
+    name: Annotated[str, typer.Argument(help="Model of the zoo or file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole header as JSON.")] = False,
+) -> None:
+    """Print what a model is for, what it learnt from, its errors and caveats."""
     from bamboo.checkpoint import describe
+    from md.model_card import model_card
 
-    _print_json(describe(name))
+    if as_json:
+        _print_json(describe(name))
+    else:
+        print(model_card(name))
 
 
 @model_app.command("import")

@@ -1,13 +1,17 @@
 """The command line: exit codes, messages on standard error, JSON on standard output, and a fast start."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from bamboo.checkpoint import FORMAT, resolve, zoo
 from bamboo.errors import BambooError, CheckpointedStop, GuardError, InputError, UnknownElementError
 from md import cli
 
@@ -100,6 +104,38 @@ def test_an_unknown_model_is_named(here: Path) -> None:
     code, _, err = invoke("check", "good.yaml")
     assert code == 2
     assert "No model 'nowhere.safetensors'" in err
+
+
+def test_a_model_is_described_on_one_screen(here: Path) -> None:
+    code, out, _ = invoke("model", "info", "default")
+    header = json.loads(invoke("model", "info", "default", "--json")[1])
+    card = header["card"]
+    assert code == 0 and len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 120
+    words = " ".join(out.split())
+    assert card["description"] in words and card["caveat"] in words and "H Li C N O F P S" in words
+    assert f"{card['held_out_force_rmse_kcal_mol_A']:.2f} pooled" in words
+    after = card["alignment"]["mean_absolute_density_error_g_cm3"]["held_out"]["after"]
+    assert f"{after:.3f} after for the {len(card['alignment']['held_out']['after'])} liquids it was not" in words
+    assert f"{card['frames']['ion_pair']} ion_pair" in words
+    assert hashlib.sha256(resolve("default").read_bytes()).hexdigest() in words
+
+
+def test_a_card_with_little_in_it_is_shown_all_the_same(here: Path) -> None:
+    tensors = {"x": torch.zeros(1)}
+    header = {"format": FORMAT, "format_version": 1, "elements": ["H"], "card": {"molecules": ["EC", "Li"]}}
+    save_file(tensors, "bare.safetensors", metadata={"bamboo": json.dumps(header)})
+    code, out, err = invoke("model", "info", "bare.safetensors")
+    assert code == 0, err
+    assert "molecules    EC, Li" in out and "alignment" not in out
+
+
+def test_the_list_of_models_says_what_each_is_for() -> None:
+    lines = invoke("model", "list")[1].splitlines()
+    assert len(lines) == len({path for path in zoo().values()})
+    (default,) = [line for line in lines if "(default)" in line]
+    assert "aligned to measured densities: for liquids" in default
+    assert any(line.startswith("gfn2") and "learnt from GFN2-xTB, not aligned" in line for line in lines)
+    assert set(json.loads(invoke("model", "list", "--json")[1])) == set(zoo())
 
 
 def test_doctor_reports_versions() -> None:
