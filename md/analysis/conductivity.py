@@ -7,22 +7,26 @@ import numpy as np
 from bamboo import units
 from md.analysis.diffusion import (
     Floats,
+    Regime,
+    Slopes,
+    barely_diffusive,
     barycentric_centres,
-    block_msd,
     check_replicas,
-    first_diffusive_lag,
+    diffusive_regime,
+    frames_objection,
+    msd_slopes,
     not_diffusive,
     ratio_of_means,
-    slopes,
+    slope_error,
+    too_uncertain,
 )
-from md.analysis.estimate import Estimate, format_time, no_value, with_precision_advice
-from md.analysis.green_kubo import LARGEST_RELATIVE_ERROR, green_kubo, series_objection
-from md.analysis.statistics import spread_stderr
+from md.analysis.estimate import LARGEST_RELATIVE_ERROR, Estimate, format_time, no_value, with_precision_advice
+from md.analysis.green_kubo import green_kubo, series_objection
 from md.trajectory import ThermoSeries, Trajectory
 
 UNIT = "mS/cm"
 EINSTEIN, NERNST_EINSTEIN = "Einstein, collective charge displacement", "Nernst-Einstein"
-SMALL = 0.1  # of the Nernst-Einstein slope: what is smaller counts as zero when judging linearity and errors
+SMALL = 0.1  # of the Nernst-Einstein slope: an error below it may exceed half the conductivity, which is then near zero
 
 
 def conductivity(trajectories: Sequence[Trajectory], *, temperature_K: float) -> dict[str, Estimate]:
@@ -55,8 +59,10 @@ def conductivity(trajectories: Sequence[Trajectory], *, temperature_K: float) ->
         return _no_values(["conductivity", "conductivity_nernst_einstein", "ionicity"], reason)
     volume = float(np.mean([trajectory.mean_volume for trajectory in trajectories]))
     per_frame = 6.0 * volume * units.BOLTZMANN * temperature_K * first.interval_ps * units.PICOSECOND
+    if objection := frames_objection([trajectory.positions for trajectory in trajectories]):
+        return _no_values(["conductivity", "conductivity_nernst_einstein", "ionicity"], objection)
     return _estimates(
-        _curves(trajectories, ions),
+        _slopes(trajectories, ions),
         scale=1.0 / per_frame / units.MILLISIEMENS_PER_CENTIMETRE,
         interval_ps=first.interval_ps,
         length_ps=min(trajectory.n_frames for trajectory in trajectories) * first.interval_ps,
@@ -85,95 +91,85 @@ def green_kubo_conductivity(thermo: ThermoSeries) -> dict[str, Estimate]:
     return {name: estimate}
 
 
-def _curves(trajectories: Sequence[Trajectory], ions: list[str]) -> dict[str, Floats]:
-    """Block curves (n_blocks, n_lags) [e^2 Å^2]: "total" <|dM|^2>, "own" without cross terms, partial <dM_X dM>."""
+def _slopes(trajectories: Sequence[Trajectory], ions: list[str]) -> dict[str, Slopes]:
+    """Slopes [e^2 Å^2 per frame]: "total" of <|dM|^2>, "own" without cross terms, partial ones of <dM_X dM>."""
     topology = trajectories[0].topology
     charges, masses = topology.molecule_charges, topology.molecule_masses
     charged, neutral = np.flatnonzero(charges != 0.0), np.flatnonzero(charges == 0.0)
     centres = [barycentric_centres(trajectory) for trajectory in trajectories]
     moment = [np.einsum("tmx,m->tx", track, charges) for track in centres]
-    own = block_msd([track[:, charged] * charges[charged, None] for track in centres])
-    curves = {"total": block_msd([track[:, None] for track in moment]), "own": own * len(charged)}
+    weight = np.sqrt(float(len(charged))) * charges[charged, None]  # the sum over ions, not their mean
+    slopes = {
+        "total": msd_slopes([track[:, None] for track in moment]),
+        "own": msd_slopes([track[:, charged] * weight for track in centres]),
+    }
     for name in ions:
         members = topology.species[name]
         part = [np.einsum("tmx,m->tx", track[:, members], charges[members]) for track in centres]
-        curves[f"transference_{name}_barycentric"] = _cross(part, moment)
+        slopes[f"transference_{name}_barycentric"] = _cross(part, moment)
         if len(neutral):
             weights = masses[neutral] / masses[neutral].sum() * charges[members].sum()
             solvent = [np.einsum("tmx,m->tx", track[:, neutral], weights) for track in centres]
             relative = [p - s for p, s in zip(part, solvent, strict=True)]
-            curves[f"transference_{name}_solvent"] = _cross(relative, moment)
-    return curves
+            slopes[f"transference_{name}_solvent"] = _cross(relative, moment)
+    return slopes
 
 
-def _cross(first: list[Floats], second: list[Floats]) -> Floats:
-    """Block curves of <da db> for tracks (n_frames, 3), from |a + b|^2 - |a - b|^2 = 4 a.b."""
-    plus = block_msd([(a + b)[:, None] for a, b in zip(first, second, strict=True)])
-    minus = block_msd([(a - b)[:, None] for a, b in zip(first, second, strict=True)])
-    return 0.25 * (plus - minus)
+def _cross(first: list[Floats], second: list[Floats]) -> Slopes:
+    """Slopes of <da db> for tracks (n_frames, 3), from |a + b|^2 - |a - b|^2 = 4 a.b."""
+    plus = msd_slopes([(a + b)[:, None] for a, b in zip(first, second, strict=True)])
+    minus = msd_slopes([(a - b)[:, None] for a, b in zip(first, second, strict=True)])
+    return Slopes(plus.lags, 0.25 * (plus.samples - minus.samples))
 
 
 def _estimates(
-    curves: dict[str, Floats], *, scale: float, interval_ps: float, length_ps: float
+    slopes: dict[str, Slopes], *, scale: float, interval_ps: float, length_ps: float
 ) -> dict[str, Estimate]:  # fmt: skip
-    """All properties from the block curves; ``scale`` turns a slope per frame into mS/cm."""
-    total, own = curves["total"], curves["own"]
-    partial = {name: curve for name, curve in curves.items() if name not in ("total", "own")}
-    first_lag = first_diffusive_lag(own)
-    if first_lag is None:
+    """All properties from the slopes; ``scale`` turns a slope per frame into mS/cm."""
+    total, own = slopes["total"], slopes["own"]
+    partial = {name: each for name, each in slopes.items() if name not in ("total", "own")}
+    reference = float(own.values[-1])
+    single = diffusive_regime(own, scale=reference)
+    if single is None:
         reason = not_diffusive(own, interval_ps, length_ps)
         return _no_values(["conductivity", "conductivity_nernst_einstein", "ionicity", *partial], reason)
-    own_slope = slopes(own, first_lag)
-    single = _mean(own_slope * scale, NERNST_EINSTEIN, first_lag * interval_ps, length_ps)
-    results = {"conductivity_nernst_einstein": single}
-    lag = _collective_lag(total, first_lag, float(own_slope.mean()))
-    if lag is None:
+
+    def mean(each: Slopes, regime: Regime, method: str) -> Estimate:
+        text = f"{method}, linear from {format_time(float(each.lags[regime.octave]) * interval_ps)}"
+        value, stderr = float(each.values[regime.octave]) * scale, slope_error(each, regime) * scale
+        notes = barely_diffusive(each, regime, interval_ps, length_ps)
+        estimate = Estimate(value, stderr, UNIT, float(each.samples.shape[1]), text, notes)
+        return with_precision_advice(estimate, length_ps=length_ps)
+
+    results = {"conductivity_nernst_einstein": mean(own, single, NERNST_EINSTEIN)}
+    # single ions are many and show slow motion that the one collective displacement hides in its noise
+    regime = diffusive_regime(total, scale=reference, earliest=single.agreeing)
+    if regime is None:
         reason = (
             f"not converged: the collective displacement in {format_time(length_ps)} is not yet linear in time, "
             f"run at least {format_time(4.0 * length_ps)}"
         )
         return results | _no_values(["conductivity", "ionicity", *partial], reason)
-    slope = slopes(total, lag)
-    mean, stderr, reference = float(slope.mean()), spread_stderr(slope), float(own_slope.mean())
-    if stderr > max(LARGEST_RELATIVE_ERROR * mean, SMALL * reference):
-        needed_ps = length_ps * (stderr / (0.1 * max(mean, SMALL * reference))) ** 2
-        reason = f"not converged: {mean * scale:.2g} ± {stderr * scale:.2g} mS/cm, run about {format_time(needed_ps)}"
+    value, stderr = float(total.values[regime.octave]), slope_error(total, regime)
+    if stderr > max(LARGEST_RELATIVE_ERROR * value, SMALL * reference):
+        reason = too_uncertain(value * scale, stderr * scale, UNIT, length_ps)
         return results | _no_values(["conductivity", "ionicity", *partial], reason)
-    results["conductivity"] = _mean(slope * scale, EINSTEIN, lag * interval_ps, length_ps)
-    results["ionicity"] = _ratio(slope, own_slope, f"{EINSTEIN} / {NERNST_EINSTEIN}, same box")
-    if mean <= 2.0 * stderr:
+    results["conductivity"] = mean(total, regime, EINSTEIN)
+    results["ionicity"] = _ratio(total, own, regime, f"{EINSTEIN} / {NERNST_EINSTEIN}, same box")
+    if value <= 2.0 * stderr:
         return results | _no_values(list(partial), "the conductivity cannot be told from zero")
-    for name, curve in partial.items():
-        results[name] = _ratio(slopes(curve, lag), slope, f"{EINSTEIN}, {name.rsplit('_', 1)[1]} frame")
+    for name, each in partial.items():
+        results[name] = _ratio(each, total, regime, f"{EINSTEIN}, {name.rsplit('_', 1)[1]} frame")
     return results
 
 
-def _collective_lag(total: Floats, first_lag: int, reference: float) -> int | None:
-    """Return the first lag >= ``first_lag`` from which on successive octaves of <|dM|^2> have one slope.
-
-    One: they differ by less than ``SMALL`` of the Nernst-Einstein slope ``reference`` or three standard errors. Unlike
-    the logarithmic slope, this also holds for ion pairs that stay together, whose collective slope is zero.
-    """
-    longest = (total.shape[1] - 1) // 4
-    lags = [first_lag * 2**k for k in range(max(0, int(np.log2(max(longest, 1) / first_lag)) + 1)) if longest]
-    found = None
-    for lag in reversed([lag for lag in lags if lag <= longest]):
-        change = slopes(total, 2 * lag) - slopes(total, lag)
-        if abs(change.mean()) > max(SMALL * reference, 3.0 * spread_stderr(change)):
-            break
-        found = lag
-    return found
-
-
-def _mean(values: Floats, method: str, from_ps: float, length_ps: float) -> Estimate:
-    text = f"{method}, linear from {format_time(from_ps)}"
-    estimate = Estimate(float(values.mean()), spread_stderr(values), UNIT, float(len(values)), text)
-    return with_precision_advice(estimate, length_ps=length_ps)
-
-
-def _ratio(numerator: Floats, denominator: Floats, method: str) -> Estimate:
-    value, stderr = ratio_of_means(numerator, denominator)
-    return Estimate(value, stderr, "", float(len(numerator)), method)
+def _ratio(numerator: Slopes, denominator: Slopes, regime: Regime, method: str) -> Estimate:
+    """Ratio of two slopes; where early octaves are out, its error holds the change among those that agree."""
+    value, stderr = ratio_of_means(numerator.samples[regime.octave], denominator.samples[regime.octave])
+    if regime.agreeing:
+        ratios = (numerator.values / denominator.values)[regime.agreeing :]
+        stderr = float(np.hypot(stderr, np.abs(ratios - value).max()))
+    return Estimate(value, stderr, "", float(numerator.samples.shape[1]), method)
 
 
 def _no_values(names: list[str], reason: str) -> dict[str, Estimate]:

@@ -1,11 +1,12 @@
 """Self-diffusion from mean squared displacements, and the tools that charge transport shares with it.
 
-Trajectories are cut into blocks; every slope is taken in each block, the value is the mean over blocks of all replicas
-and the error follows from their scatter. That keeps what particles of one box have in common (their correlated motion)
-in the error bar, which the scatter over particles would lose.
+The value is the slope of the MSD of whole replicas. Its error is the scatter of the same slope over blocks, replicas
+and the three components: particles of one box move together, so their scatter would lose part of the error. How late
+the motion becomes diffusive is judged by comparing the slopes at all lags, up to those that only the whole run has.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import pi, sqrt
 
 import numpy as np
@@ -14,15 +15,19 @@ from scipy.fft import irfft, next_fast_len, rfft
 
 from bamboo import units
 from bamboo.errors import InputError
-from md.analysis.estimate import Estimate, format_time, no_value, with_precision_advice
+from md.analysis.estimate import LARGEST_RELATIVE_ERROR, Estimate, format_time, no_value, with_precision_advice
 from md.analysis.statistics import spread_stderr, student_widening
 from md.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
-N_BLOCKS = 8  # over all replicas: enough for an error bar, few enough to leave long blocks
-LAGS_PER_BLOCK = 4  # the longest lag is a quarter of a block
+N_BLOCKS = 4  # over all replicas, three components each: twelve samples
+LAGS_PER_BLOCK = 8  # lags up to an eighth of a block: longer ones would waste too many of its pairs
+LAGS_PER_RUN = 4
 FEWEST_LAGS = 8
-LOG_SLOPE_TOLERANCE = 0.1
+N_LONGEST = 3  # octaves of the longest lags, which alone can show a slow motion
+DIFFERENT, DIFFERENT_FROM_LONGEST = 3.0, 1.8  # errors; the latter is low: a missed cage costs more than a later lag
+NEGLIGIBLE = 0.01  # of the slope
+OCTAVES_BEYOND = 2  # four times the lag from which slopes agree: what remains of a relaxation there, to the 4th power
 PARTICLES_AT_ONCE = 2**22  # numbers per Fourier transform, bounds the memory
 YEH_HUMMER = 2.837297  # self-term of a cubic Wigner lattice
 UNIT = "cm2/s"
@@ -50,54 +55,124 @@ def mean_squared_displacement(positions: Floats) -> Floats:
     return result
 
 
-def block_msd(tracks: Sequence[Floats]) -> Floats:
-    """Return the MSD of every block of every replica, (n_blocks, n_lags), n_lags a quarter of a block.
+@dataclass(frozen=True)
+class Slopes:
+    """Slopes of a mean squared displacement over octaves of the lag.
 
-    tracks: per replica (n_frames, n_particles, 3). ``N_BLOCKS`` blocks are spread over the replicas.
+    lags     (n_octaves,) frames: octave k reaches from lags[k] to twice that, the last to a quarter of the run
+    samples  (n_octaves, n_samples) curve unit per frame. Their mean is the slope of the whole replicas, their scatter
+             is that of independent samples of it
+    """
+
+    lags: NDArray[np.int64]
+    samples: Floats
+
+    @property
+    def values(self) -> Floats:
+        """Slope at each octave, (n_octaves,)."""
+        result: Floats = self.samples.mean(axis=1)
+        return result
+
+    @property
+    def stderr(self) -> Floats:
+        """Standard error of each, widened by Student's t, (n_octaves,)."""
+        return np.array([spread_stderr(samples) for samples in self.samples])
+
+
+def msd_slopes(tracks: Sequence[Floats]) -> Slopes:
+    """Return the slopes of the MSD of replicas, tracks (n_frames, n_particles, 3) each.
+
+    Beyond ``LAGS_PER_BLOCK`` the scatter is continued from the last octave that blocks have, by the law of a random
+    walk: the variance of the slope over [t, 2 t] in a run of length T grows as t / (1 - 2 t / T). Raises InputError
+    below ``fewest_frames``.
     """
     n_frames = min(len(track) for track in tracks)
-    per_replica = max(1, -(-N_BLOCKS // len(tracks)))
+    if n_frames < fewest_frames(len(tracks)):
+        raise InputError(f"{n_frames} frames are too few for slopes, {fewest_frames(len(tracks))} are needed.")
+    whole = np.mean([mean_squared_displacement(track[:n_frames]) for track in tracks], axis=0)
+    longest = n_frames // LAGS_PER_RUN // 2
+    lags = longest >> np.arange(int(np.log2(longest)), -1, -1)
+    per_replica = -(-N_BLOCKS // len(tracks))
     length = n_frames // per_replica
     blocks = [track[b * length : (b + 1) * length] for track in tracks for b in range(per_replica)]
-    return np.stack([mean_squared_displacement(block)[: length // LAGS_PER_BLOCK + 1] for block in blocks])
+    curves = np.stack([3.0 * mean_squared_displacement(block[:, :, [x]]) for block in blocks for x in range(3)])
+    samples = []
+    for lag in lags:
+        if 2 * lag <= length // LAGS_PER_BLOCK:
+            last, scatter = lag, _slope(curves, lag) - _slope(curves, lag).mean()
+        growth = lag / last * (1.0 - 2.0 * last / n_frames) / (1.0 - 2.0 * lag / n_frames)
+        samples.append(_slope(whole, lag) + sqrt(growth) * scatter)
+    return Slopes(lags, np.stack(samples))
 
 
-def first_diffusive_lag(curves: Floats) -> int | None:
-    """Return the first lag [frames] from which on the MSD is linear, or None where there is none.
+def fewest_frames(n_replicas: int) -> int:
+    """Return how many frames each replica needs for slopes with error bars."""
+    return -(-N_BLOCKS // n_replicas) * LAGS_PER_BLOCK * (FEWEST_LAGS + 1)
 
-    Linear: log2(MSD(2t) / MSD(t)) differs from 1 by less than ``LOG_SLOPE_TOLERANCE`` or three standard errors, at
-    this and every later octave. Ballistic motion has 2, motion in a cage less than 1.
+
+def _slope(curves: Floats, lag: int) -> Floats:
+    """Return the slope [curve unit per frame] of curves (..., n_lags) from ``lag`` to twice that, (...).
+
+    Straight line with intercept, at the weight t^-3, the inverse variance of a random walk's MSD.
     """
-    n_lags = curves.shape[1]
-    if n_lags <= FEWEST_LAGS:
-        return None
-    lags = 2 ** np.arange(int(np.log2((n_lags - 1) / 2)) + 1)
-    if not (curves[:, lags] > 0.0).all():
-        return None
-    mean = curves.mean(axis=0)
-    slope = np.log2(mean[2 * lags] / mean[lags])
-    without = (curves.sum(axis=0) - curves) / (len(curves) - 1)  # leave one block out: jackknife
-    scatter = np.log2(without[:, 2 * lags] / without[:, lags])
-    stderr = np.sqrt((len(curves) - 1) * scatter.var(axis=0))
-    linear = np.abs(slope - 1.0) <= np.maximum(LOG_SLOPE_TOLERANCE, 3.0 * stderr)
-    if not linear[-1] or stderr[0] > LOG_SLOPE_TOLERANCE:
-        return None
-    unlinear = np.flatnonzero(~linear)
-    return int(lags[unlinear[-1] + 1]) if len(unlinear) else 1
-
-
-def slopes(curves: Floats, first_lag: int) -> Floats:
-    """Return the slope [curve unit per frame] of each curve (n_blocks, n_lags) over one octave, (n_blocks,).
-
-    Straight line with intercept over ``first_lag`` to twice that: longer lags are so noisy that they would widen the
-    error even at their weight t^-3, the inverse variance of a random walk's MSD.
-    """
-    lag = np.arange(first_lag, 2 * first_lag + 1, dtype=np.float64)
-    weight = lag**-3.0
-    centred = lag - np.average(lag, weights=weight)
+    lags = np.arange(lag, 2 * lag + 1, dtype=np.float64)
+    weight = lags**-3.0
+    centred = lags - np.average(lags, weights=weight)
     gain = weight * centred / (weight * centred**2).sum()
-    result: Floats = curves[:, first_lag : 2 * first_lag + 1] @ gain
+    result: Floats = curves[..., lag : 2 * lag + 1] @ gain
     return result
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Where a slope is taken: ``octave``, those ``agreeing`` from which on all do, and whether the run is too short.
+
+    barely  there is no octave ``OCTAVES_BEYOND`` the first that agrees: the motion has only just become diffusive
+    """
+
+    agreeing: int
+    octave: int
+    barely: bool
+
+
+def diffusive_regime(slopes: Slopes, *, scale: float, earliest: int = 0) -> Regime | None:
+    """Return where the slope no longer changes with the lag, or None where it does so to the end.
+
+    Two octaves differ where their slopes do by more than ``DIFFERENT`` errors (``DIFFERENT_FROM_LONGEST`` where the
+    later is one of the longest) and ``NEGLIGIBLE`` times ``scale``. The variance of a difference is that of the later
+    slope less that of the earlier, as for an efficient and a consistent estimate of one number (Hausman, Econometrica
+    46, 1251 (1978)). Where all agree, the most precise is taken. Where early ones are out, the slope is taken
+    ``OCTAVES_BEYOND`` the first that agrees, since a relaxation that ends there would bias it unseen. A relaxation that
+    changes the slope by less than the error of the longest octaves is not seen: many particles see more than few.
+
+    scale     the slope that matters
+    earliest  octave before which nothing is trusted
+    """
+    values, variance = slopes.values, slopes.stderr**2
+    last = len(values) - 1
+    limit = np.where(np.arange(last + 1) > last - N_LONGEST, DIFFERENT_FROM_LONGEST, DIFFERENT)
+    agreeing = last
+    while agreeing > earliest:
+        later = slice(agreeing, None)
+        error = np.sqrt(np.maximum(variance[later] - variance[agreeing - 1], 0.0))
+        change = np.abs(values[later] - values[agreeing - 1])
+        if (change > np.maximum(limit[later] * error, NEGLIGIBLE * scale)).any():
+            break
+        agreeing -= 1
+    if agreeing == last:
+        return None
+    start = agreeing + OCTAVES_BEYOND if agreeing else 0
+    octave = last if start >= last else start + int(np.argmin(variance[start:]))
+    return Regime(agreeing, octave, barely=start > last)
+
+
+def slope_error(slopes: Slopes, regime: Regime) -> float:
+    """Return the error of the slope: where early octaves are out, with the largest change among those that agree."""
+    stderr = float(slopes.stderr[regime.octave])
+    if regime.agreeing == 0:
+        return stderr
+    values = slopes.values
+    return float(np.hypot(stderr, np.abs(values[regime.agreeing :] - values[regime.octave]).max()))
 
 
 def self_diffusion(
@@ -119,42 +194,67 @@ def self_diffusion(
         return {f"diffusion_{name}{suffix}": refused for name in species for suffix in ("_box", "")}
     centres = [barycentric_centres(trajectory) for trajectory in trajectories]
     interval_ps = trajectories[0].interval_ps
+    n_frames = min(len(track) for track in centres)
     results = {}
     for name, molecules in species.items():
-        curves = block_msd([track[:, molecules] for track in centres])
-        box = _coefficient(curves, interval_ps=interval_ps, length_ps=len(centres[0]) * interval_ps)
+        box = _coefficient([track[:, molecules] for track in centres], interval_ps, n_frames * interval_ps)
         results[f"diffusion_{name}_box"] = box
         results[f"diffusion_{name}"] = _infinite_size(box, trajectories, temperature_K, viscosity)
     return results
 
 
-def _coefficient(curves: Floats, *, interval_ps: float, length_ps: float) -> Estimate:
-    first_lag = first_diffusive_lag(curves)
-    if first_lag is None:
-        return no_value(not_diffusive(curves, interval_ps, length_ps), unit=UNIT, method=METHOD)
-    coefficient = slopes(curves, first_lag) / (6.0 * interval_ps * units.PICOSECOND) / units.CM2_PER_SECOND
-    estimate = Estimate(
-        float(coefficient.mean()),
-        spread_stderr(coefficient),
-        UNIT,
-        float(len(coefficient)),
-        f"{METHOD} from {format_time(first_lag * interval_ps)}",
-    )
+def _coefficient(tracks: list[Floats], interval_ps: float, length_ps: float) -> Estimate:
+    if objection := frames_objection(tracks):
+        return no_value(objection, unit=UNIT, method=METHOD)
+    slopes = msd_slopes(tracks)
+    regime = diffusive_regime(slopes, scale=float(slopes.values[-1]))
+    if regime is None:
+        return no_value(not_diffusive(slopes, interval_ps, length_ps), unit=UNIT, method=METHOD)
+    scale = 1.0 / (6.0 * interval_ps * units.PICOSECOND) / units.CM2_PER_SECOND
+    value, stderr = float(slopes.values[regime.octave]) * scale, slope_error(slopes, regime) * scale
+    if not stderr < LARGEST_RELATIVE_ERROR * value:
+        return no_value(too_uncertain(value, stderr, UNIT, length_ps), unit=UNIT, method=METHOD)
+    notes = barely_diffusive(slopes, regime, interval_ps, length_ps)
+    method = f"{METHOD} from {format_time(float(slopes.lags[regime.octave]) * interval_ps)}"
+    estimate = Estimate(value, stderr, UNIT, float(slopes.samples.shape[1]), method, notes)
     return with_precision_advice(estimate, length_ps=length_ps)
 
 
-def not_diffusive(curves: Floats, interval_ps: float, length_ps: float) -> str:
-    """Return why no linear regime was found, and the length that may show one."""
-    n_lags = curves.shape[1]
-    if n_lags <= FEWEST_LAGS:
-        needed = N_BLOCKS * LAGS_PER_BLOCK * (FEWEST_LAGS + 1)
-        return f"not converged: too few frames, about {needed} over all replicas are needed"
-    mean, half = curves.mean(axis=0), (n_lags - 1) // 2
-    slope = f"{np.log2(mean[2 * half] / mean[half]):.2f}" if mean[half] > 0.0 else "0"
+def frames_objection(tracks: Sequence[Floats]) -> str | None:
+    """Why the tracks are too short for slopes, or None where they are not."""
+    needed = fewest_frames(len(tracks))
+    if min(len(track) for track in tracks) >= needed:
+        return None
+    return f"not converged: too few frames, about {needed * len(tracks)} over all replicas are needed"
+
+
+def not_diffusive(slopes: Slopes, interval_ps: float, length_ps: float) -> str:
+    """Return that no linear regime was found, and the length that may show one."""
+    before, after = slopes.values[-2:]
+    times = [format_time(float(lag) * interval_ps) for lag in slopes.lags[-2:]]
     return (
-        f"not converged: d log MSD / d log t is {slope} at {format_time(half * interval_ps)}, not 1: the motion is not "
-        f"yet diffusive, run at least {format_time(4.0 * length_ps)}"
+        f"not converged: the slope of the mean squared displacement still changes, by {after / before - 1.0:+.0%} from "
+        f"{times[0]} to {times[1]}: the motion is not yet diffusive, run at least {format_time(4.0 * length_ps)}"
     )
+
+
+def too_uncertain(value: float, stderr: float, unit: str, length_ps: float) -> str:
+    """Return that the error is too large, and the length for 10 % (four times this one where the value may be zero)."""
+    factor = (stderr / (0.1 * value)) ** 2 if value > stderr else 4.0
+    return f"not converged: {value:.2g} ± {stderr:.2g} {unit}, run about {format_time(factor * length_ps)}"
+
+
+def barely_diffusive(slopes: Slopes, regime: Regime, interval_ps: float, length_ps: float) -> tuple[str, ...]:
+    """Return a warning where the motion has only just become diffusive within the run."""
+    if not regime.barely:
+        return ()
+    lag = float(slopes.lags[regime.agreeing])
+    factor = 2.0**OCTAVES_BEYOND * lag / float(slopes.lags[-1])
+    text = (
+        f"the displacement is barely diffusive: its slope changes up to {format_time(lag * interval_ps)}, the error "
+        f"holds the change beyond; run about {format_time(factor * length_ps)} in all"
+    )
+    return (text,)
 
 
 def _infinite_size(

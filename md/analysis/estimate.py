@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
+LARGEST_RELATIVE_ERROR = 0.5  # of a transport coefficient; above, the run is too short to report one
 
 
 @dataclass(frozen=True)

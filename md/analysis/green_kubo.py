@@ -8,12 +8,11 @@ from numpy.typing import NDArray
 from scipy.special import chdtr, chdtrc
 
 from bamboo import units
-from md.analysis.estimate import Estimate, format_time, no_value, with_precision_advice
+from md.analysis.estimate import LARGEST_RELATIVE_ERROR, Estimate, format_time, no_value, with_precision_advice
 from md.trajectory import ThermoSeries
 
 LONGEST_INTERVAL_PS = 0.01  # molecules vibrate: coarser sampling aliases the vibrations to zero frequency
 MIN_CORRELATION_TIMES = 10.0
-LARGEST_RELATIVE_ERROR = 0.5
 SEGMENT = 500.0  # correlation times: some 80 spectral points below 1 / (2 pi tau), where the spectrum turns
 FEWEST_SAMPLES = 200
 LOWEST_POINTS = 15  # at the low end of the spectrum; STACIE fits no fewer
