@@ -1,7 +1,7 @@
 """How often the 95 % intervals of the analysis hold the truth, over synthetic runs with known answers."""
 
 from collections.abc import Callable
-from math import exp, pi, sqrt
+from math import exp, pi, sqrt, tanh
 
 import numpy as np
 from scipy.signal import lfilter
@@ -45,6 +45,12 @@ def correlated(shape: tuple[int, ...], tau: float, seed: int) -> np.ndarray:
     noise = np.random.default_rng(seed).standard_normal(shape) * sqrt(1.0 - decay**2)
     noise[0] /= sqrt(1.0 - decay**2)
     return np.asarray(lfilter([1.0], [1.0, -decay], noise, axis=0))
+
+
+def mixture(shape: tuple[int, ...], parts: dict[float, float], seed: int) -> np.ndarray:
+    """Sum of such series: parts {correlation time in samples: variance}."""
+    series = [sqrt(share) * correlated(shape, tau, seed + 10**6 * k) for k, (tau, share) in enumerate(parts.items())]
+    return np.asarray(sum(series))
 
 
 # -- averages and fluctuations -----------------------------------------------------------------------------------
@@ -94,6 +100,15 @@ def volume_run(seed: int) -> dict[str, tuple[Estimate, float]]:
     }
 
 
+def slow_volume_run(seed: int) -> dict[str, tuple[Estimate, float]]:
+    """Density of which 90 % of the variance forgets itself in 1 ps and 10 % in 50 ps, over 1 ns."""
+    n, interval_ps = 5000, 0.2
+    columns, rest = blank(n, interval_ps, Ensemble("npt", "svr", "c-rescale", pressure_bar=1.0))
+    columns["density_g_cm3"] = 1.2 + 0.01 * mixture((n, 1), {5.0: 0.9, 250.0: 0.1}, seed)
+    columns["volume"] = 2.4e4 / columns["density_g_cm3"]
+    return {"density with a slow part": (density(ThermoSeries(**columns, **rest))["density"], 1.2)}
+
+
 # -- transport ---------------------------------------------------------------------------------------------------
 
 TAU = 10.0 * 0.005 * units.PICOSECOND  # of stress and current
@@ -101,20 +116,33 @@ TAU = 10.0 * 0.005 * units.PICOSECOND  # of stress and current
 
 def thermo(seed: int) -> ThermoSeries:
     """50 ps, a thousand correlation times, of stress and current, every 5 fs."""
-    n = 10_000
-    columns, rest = blank(n, 0.005, Ensemble("nve"))
-    xy, yz, zx, difference, axial = 1.0e-3 * np.moveaxis(correlated((n, 1, 5), 10.0, seed), -1, 0)
+    stress = correlated((10_000, 1, 5), 10.0, seed)
+    return stressed(stress, charge_current=correlated((10_000, 1, 3), 10.0, seed + 10**6))
+
+
+def stressed(five: np.ndarray, **others: np.ndarray) -> ThermoSeries:
+    """Series every 5 fs with the five components (n, 1, 5) of the stress in meV/Å^3, and other columns."""
+    columns, rest = blank(len(five), 0.005, Ensemble("nve"))
+    xy, yz, zx, difference, axial = 1.0e-3 * np.moveaxis(five, -1, 0)
     zz = 2.0 * axial / sqrt(3.0)
     xx, yy = -0.5 * zz + difference, -0.5 * zz - difference
     rows = [[xx, xy, zx], [xy, yy, yz], [zx, yz, zz]]
     columns["pressure"] = np.stack([np.stack(r, axis=-1) for r in rows], axis=-2)
-    columns["charge_current"] = correlated((n, 1, 3), 10.0, seed + 10**6)
-    return ThermoSeries(**columns, **rest)
+    return ThermoSeries(**columns | others, **rest)
 
 
 def viscosity_run(seed: int) -> dict[str, tuple[Estimate, float]]:
     truth = 2.0e4 / KT * 1.0e-6 * TAU / units.MILLIPASCAL_SECOND
     return {"viscosity, Green-Kubo": (viscosity(thermo(seed))["viscosity"], truth)}
+
+
+def slow_stress_run(seed: int) -> dict[str, tuple[Estimate, float]]:
+    """Stress of three times, 4, 40 and 400 samples, the slowest with 54 % of the viscosity; 250 ps."""
+    parts = {4.0: 0.9, 40.0: 0.08, 400.0: 0.02}
+    integral = sum(share * 0.5 / tanh(0.5 / tau) for tau, share in parts.items())  # sum over samples, not integral
+    truth = 2.0e4 / KT * 1.0e-6 * integral * 0.005 * units.PICOSECOND / units.MILLIPASCAL_SECOND
+    estimate = viscosity(stressed(mixture((50_000, 1, 5), parts, seed)))["viscosity"]
+    return {"viscosity of three times, Green-Kubo": (estimate, truth)}
 
 
 def current_run(seed: int) -> dict[str, tuple[Estimate, float]]:
@@ -158,6 +186,34 @@ def ion_run(seed: int) -> dict[str, tuple[Estimate, float]]:
     }
 
 
-AVERAGES: dict[str, Run] = {"mean": mean_run, "dielectric constant": dipole_run, "density": volume_run}
-TRANSPORT: dict[str, Run] = {"viscosity, Green-Kubo": viscosity_run, "ions": ion_run,
-                             "conductivity, Green-Kubo": current_run}  # fmt: skip
+def cage_run(seed: int) -> dict[str, tuple[Estimate, float]]:
+    """40 walkers, 0.02 Å^2/ps, in cages of 3 Å^2 that relax in a hundredth, thirtieth and tenth of one run of 4 ns."""
+    n, per_time = 40, units.CM2_PER_SECOND * units.PICOSECOND
+    topology = Topology(np.full(n + 1, 18), np.array([40.0] * n + [1.0e9]), np.arange(n + 1),
+                        ("Ar",) * n + ("C",), np.zeros(n + 1))  # fmt: skip
+    walk = np.cumsum(np.random.default_rng(seed).normal(scale=0.2, size=(4000, n, 3)), axis=0)
+    found = {}
+    for share in (100, 30, 10):
+        cage = sqrt(3.0) * correlated((4000, n, 3), 4000.0 / share, seed + share * 10**6)
+        positions = np.concatenate([walk + cage, np.zeros((4000, 1, 3))], axis=1)
+        trajectory = Trajectory.from_arrays(
+            positions, topology, time_ps=np.arange(4000.0), cells=30.0 * np.eye(3), ensemble=Ensemble("nve")
+        )
+        estimate = self_diffusion([trajectory], temperature_K=300.0)["diffusion_Ar_box"]
+        found[f"self-diffusion in a cage of 1/{share} of the run"] = (estimate, 0.02 / per_time)
+    return found
+
+
+AVERAGES: dict[str, Run] = {
+    "mean": mean_run,
+    "dielectric constant": dipole_run,
+    "density": volume_run,
+    "density with a slow part": slow_volume_run,
+}
+TRANSPORT: dict[str, Run] = {
+    "viscosity, Green-Kubo": viscosity_run,
+    "viscosity of three times": slow_stress_run,
+    "ions": ion_run,
+    "cages": cage_run,
+    "conductivity, Green-Kubo": current_run,
+}
