@@ -30,6 +30,9 @@ FEMTOSECOND = float(_ase.fs)
 PICOSECOND = 1.0e3 * FEMTOSECOND
 NANOSECOND = 1.0e6 * FEMTOSECOND
 
+# temperature, kept in K
+CELSIUS_ZERO_K = 273.15
+
 # mass
 AMU = 1.0
 GRAM = float(_ase.kg) * 1.0e-3

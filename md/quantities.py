@@ -16,7 +16,7 @@ from bamboo import units
 from bamboo.errors import InputError
 
 UNITS: dict[str, dict[str, float]] = {
-    "temperature": {"K": 1.0},
+    "temperature": {"K": 1.0, "°C": 1.0, "C": 1.0, "degC": 1.0, "℃": 1.0},
     "pressure": {"bar": units.BAR, "Pa": units.PASCAL, "MPa": 1.0e6 * units.PASCAL, "GPa": 1.0e9 * units.PASCAL},
     "time": {"ps": units.PICOSECOND, "fs": units.FEMTOSECOND, "ns": units.NANOSECOND},
     "wall time": {"min": 60.0, "s": 1.0, "h": 3600.0},
@@ -32,6 +32,8 @@ UNITS: dict[str, dict[str, float]] = {
         "kcal/mol/Å": units.KCAL_PER_MOL / units.ANGSTROM,
     },
 }
+ZEROS = dict.fromkeys(("°C", "C", "degC", "℃"), units.CELSIUS_ZERO_K)  # where the scale of a unit begins, if not at 0
+COLDEST_LIQUID_K = 150.0  # no liquid electrolyte is colder: tetrahydrofuran freezes at 165 K
 MOST_SEVERAL = 50
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -43,13 +45,22 @@ def parse_quantity(text: object, *, dimension: str) -> float:
     if isinstance(text, str) and re.fullmatch(_NUMBER, text.strip()):
         text = float(text)
     if isinstance(text, int | float) and not isinstance(text, bool):
-        raise InputError(f"{text:.6g} has no unit. Write, for example, '{text:.6g} {unit}'.")
+        raise InputError(f"{text:.6g} has no unit. Write, for example, {_with_unit(float(text), dimension=dimension)}.")
     match = re.fullmatch(rf"({_NUMBER})\s*(\S+)", text.strip()) if isinstance(text, str) else None
     if match is None:
         raise InputError(f"{str(text)[:60]!r} is not a {dimension} with its unit, for example '1 {unit}'.")
     if match[2] not in known:
         raise InputError(f"unknown unit '{match[2][:20]}'. Known units of {dimension}: {', '.join(known)}.")
-    return float(match[1]) * known[match[2]]
+    return float(match[1]) * known[match[2]] + ZEROS.get(match[2], 0.0)
+
+
+def _with_unit(value: float, *, dimension: str) -> str:
+    """Return what a number without a unit may mean, likeliest first: 25 are °C and 298 are K."""
+    if dimension != "temperature":
+        return f"'{value:.6g} {next(iter(UNITS[dimension]))}'"
+    if value < COLDEST_LIQUID_K:
+        return f"'{value:.6g} °C' or '{value + units.CELSIUS_ZERO_K:.6g} K'"
+    return f"'{value:.6g} K' or '{value - units.CELSIUS_ZERO_K:.6g} °C'"
 
 
 def quantity_text(value: float, *, dimension: str) -> str:
@@ -109,7 +120,7 @@ class QuantityPair(Quantity):
         """Return both values; raises InputError."""
         if isinstance(given, list | tuple) and len(given) == 2:
             return self.parse(given[0]), self.parse(given[1])
-        if isinstance(given, str):
+        if isinstance(given, str | int | float):
             return self.parse(given), self.parse(given)
         raise InputError(f"expected one {self.dimension} or two, [from, to], got {str(given)[:60]!r}.")
 

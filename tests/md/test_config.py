@@ -145,6 +145,21 @@ def test_quantities_round_trip_in_every_unit() -> None:
         assert quantity_text(parse_quantity(text, dimension=dimension), dimension=dimension) == text
 
 
+@pytest.mark.parametrize("unit", [" °C", "°C", " C", " degC", " ℃"])
+def test_temperatures_in_degrees_celsius(tmp_path: Path, unit: str) -> None:
+    text = (
+        f"electrolyte: DMC\ntemperature: [-20{unit}, 25{unit}, 300 K]\n"
+        f"stages:\n  - {{kind: nvt, time: 1 ps, temperature: [0{unit}, 320 K]}}\n"
+    )
+    config = load_config(write(tmp_path, text))
+    assert config.temperatures_K == pytest.approx((253.15, 298.15, 300.0))
+    (ramp,) = config.stages
+    assert isinstance(ramp, NVT) and ramp.temperature == (273.15, 320.0)
+    assert list(config.each_condition()) == ["253.15K", "298.15K", "300K"]
+    written = dump_config(config)
+    assert "- 253.15 K\n" in written and dump_config(load_config(write(tmp_path, written))) == written
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -162,8 +177,20 @@ def test_quantities_round_trip_in_every_unit() -> None:
             "electrolyte.yaml:2: temperature: 298 has no unit. Write, for example, '298 K'",
         ),
         (
-            "electrolyte: DMC\ntemperature: 298 C",
-            "electrolyte.yaml:2: temperature: unknown unit 'C'. Known units of temp",
+            "electrolyte: DMC\ntemperature: 25",
+            "electrolyte.yaml:2: temperature: 25 has no unit. Write, for example, '25 °C' or '298.15 K'.",
+        ),
+        (
+            "electrolyte: DMC\nstages:\n - {kind: nvt, time: 1 ps, temperature: 40}",
+            "electrolyte.yaml:3: stages.0.temperature: 40 has no unit. Write, for example, '40 °C' or '313.15 K'.",
+        ),
+        (
+            "electrolyte: DMC\ntemperature: 298 F",
+            "electrolyte.yaml:2: temperature: unknown unit 'F'. Known units of temperature: K, °C, C",
+        ),
+        (
+            "electrolyte: DMC\ntemperature: -300 C",
+            "electrolyte.yaml:2: temperature: -300 C is out of range, expected more than 0 K",
         ),
         (
             "electrolyte: DMC\ntemperature: -3 K",
