@@ -19,6 +19,7 @@ from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define
 from md.boxes import read_box
 from md.composition import Amount, Basis, Composition, parse_amount, parse_composition
 from md.quantities import (
+    COLDEST_LIQUID_K,
     MOST_SEVERAL,
     Damping,
     Density,
@@ -259,6 +260,16 @@ class RunConfig(_Block):
         block = self.composition or CompositionBlock()
         density = None if block.density is None else float(block.density) / units.GRAM_PER_CM3
         return Composition(dict(block.solvents), block.basis or "wt", dict(block.salts), dict(block.counts), density)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is allowed and perhaps not meant, a line each."""
+        return tuple(
+            f"{temperature:g} K is colder than any liquid electrolyte. For {temperature:g} degrees Celsius, "
+            f"write '{temperature:g} °C'."
+            for temperature in self.temperatures_K
+            if temperature < COLDEST_LIQUID_K
+        )
 
 
 def _defined(names: dict[str, str]) -> dict[str, str]:

@@ -106,7 +106,7 @@ def _run_model(
         for condition in conditions:
             if condition.name:
                 condition.folder.write_config(condition.config)
-        _banner(log, conditions, model, folder=run_folder)
+        _banner(log, conditions, model, folder=run_folder, notes=config.notes)
         made_by = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "stopped": None}
         run_folder.update_manifest(model=model.record, seed=config.build.seed, **made_by, **_contents(conditions))
         systems = start_systems(conditions, log=log)
@@ -297,8 +297,12 @@ class _Runner:
             yield [frames, series, *tables, *self.extra]
 
 
-def _banner(log: RunLog, conditions: Sequence[Condition], model: Model, *, folder: RunFolder) -> None:
+def _banner(
+    log: RunLog, conditions: Sequence[Condition], model: Model, *, folder: RunFolder, notes: Sequence[str]
+) -> None:
     log.line(f"bamboo-md {bamboo.__version__}   {model.description}   run: {folder.path}")
+    for note in notes:
+        log.line(f"note   {note}")
     for condition in conditions:
         replicas = f", {condition.n_replicas} replicas" if condition.n_replicas > 1 else ""
         log.line(f"box    {condition.title}{condition.box}, charge 0{replicas}")
@@ -342,10 +346,11 @@ class Check:
     memory_bytes: float | None  # None where it is not known
     stages: dict[str, int]  # name -> steps
     outlook: dict[str, dict[Property, Outlook]]
+    notes: tuple[str, ...]  # what is allowed and perhaps not meant
 
     def __str__(self) -> str:
         total = sum(self.stages.values())
-        lines = [self.model]
+        lines = [self.model, *(f"note   {note}" for note in self.notes)]
         for name, (box, length_A) in self.boxes.items():
             lines.append(f"box    {f'{name}: ' if name else ''}{box}, charge 0, {length_A:.1f} Å as packed")
             if warning := _size_warning(box):
@@ -376,6 +381,7 @@ class Check:
         }
         return {
             "model": self.model,
+            "notes": list(self.notes),
             **boxes.get("", {"conditions": boxes}),
             "seconds_per_step": self.seconds_per_step,
             "memory_bytes": self.memory_bytes,
@@ -409,4 +415,4 @@ def check(config: RunConfig, *, model: Model | None = None) -> Check:
     }
     prospects = {name: outlook(one, boxes[name][0], seconds_per_step=total) for name, one in alone.items()}
     memory = memory_needed(model.evaluator, n_atoms * n_models)
-    return Check(model.description, boxes, total, memory, stages, prospects)
+    return Check(model.description, boxes, total, memory, stages, prospects, config.notes)

@@ -142,3 +142,18 @@ def test_check_counts_every_box_and_build_wants_one(model: Model, tmp_path: Path
     assert found.to_dict()["conditions"]["DMC-600K"]["n_atoms"] == 24
     with pytest.raises(InputError, match="keep one electrolyte and one temperature"):
         start_box(config)
+
+
+def test_a_liquid_that_would_be_frozen_is_remarked_on(model: Model, tmp_path: Path) -> None:
+    cold = """\
+electrolyte: DMC
+temperature: [25 K, 150 K]
+build: {atoms: 12, density: 0.5 g/cm3}
+properties: []
+stages: [{kind: minimise, steps: 1}, {kind: nvt, time: 1 fs, temperature: [10 K, 150 K]}]
+"""
+    note = "25 K is colder than any liquid electrolyte. For 25 degrees Celsius, write '25 °C'."
+    found = check(load_config(write(tmp_path, cold)), model=model)
+    assert f"\nnote   {note}\n" in str(found) and found.to_dict()["notes"] == [note]
+    run_quietly(cold, tmp_path / "run", model)
+    assert f"note   {note}\n" in (tmp_path / "run/log.txt").read_text()
