@@ -12,7 +12,7 @@ import numpy as np
 
 from bamboo.errors import InputError, suggest
 from bamboo.structure.densities import PURE_DENSITY, formula_mass, ideal_density, salt_volume
-from bamboo.structure.molecules import SALTS, SOLVENTS, molecule, salt
+from bamboo.structure.molecules import FULL_NAMES, SALTS, SOLVENTS, molecule, salt, with_short_names
 
 Basis = Literal["wt", "mol", "vol"]
 BASES: tuple[str, ...] = get_args(Basis)
@@ -85,10 +85,10 @@ def parse_composition(text: str) -> Composition:
     """Read ``<amount> <m|M|mol/kg|mol/L> SALT [+ ...] in SOLVENT[:SOLVENT...] a:b[...] <wt|mol|vol>``.
 
     The salt part may be absent (``EC:DMC 3:7 wt``), a single solvent needs no ratio (``1 m LiPF6 in DMC``), and a salt
-    may stand in the ratio instead (``LiFSI:DME:TTE 1:1.2:3 mol``).
+    may stand in the ratio instead (``LiFSI:DME:TTE 1:1.2:3 mol``). Full names (``FULL_NAMES``) will do.
     Raises InputError that names the part in error, the nearest known name and the accepted forms.
     """
-    text = " ".join(text.split())
+    text = with_short_names(" ".join(text.split()))
     salt_text, separator, solvent_text = text.rpartition(" in ")
     if not solvent_text or solvent_text[0].isdigit() or (separator and not salt_text):
         raise InputError(f'"{text}" is incomplete. Write, for example, "1 m LiPF6 in EC:DMC 30:70 wt" or "DMC".')
@@ -130,10 +130,13 @@ def _parse_solvents(text: str) -> tuple[dict[str, float], Basis]:
     names = words[0].split(":")
     for name in names:
         if name not in SOLVENTS and (name not in SALTS or len(names) == 1):
-            hint = (
-                " A salt needs an amount and ' in ' before the solvent." if name in SALTS else suggest(name, SOLVENTS)
-            )
-            raise InputError(f"Unknown solvent '{name}'.{hint} Known solvents: {', '.join(SOLVENTS)}.")
+            if name in SALTS:
+                hint = " A salt needs an amount and ' in ' before the solvent."
+            else:  # a full name may have several words
+                written = re.split(r"[:\d]", text[text.index(name) :])[0].strip()
+                full = [full for full, short in FULL_NAMES.items() if short in SOLVENTS]
+                hint = suggest(written, [*SOLVENTS, *full]) or f" Known solvents: {', '.join(SOLVENTS)}."
+            raise InputError(f"Unknown solvent '{name}'.{hint}")
     if len(set(names)) < len(names):
         raise InputError(f'"{words[0]}" names a solvent twice.')
     if len(words) == 1 and len(names) == 1:

@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruamel.yaml import YAML
 
 from bamboo import units
-from bamboo.errors import InputError, suggest
-from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define
+from bamboo.errors import InputError
+from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define, suggest_name
 from md.boxes import read_box
 from md.composition import Amount, Basis, Composition, parse_amount, parse_composition
 from md.quantities import (
@@ -387,6 +387,6 @@ def _check_block(block: CompositionBlock) -> list[tuple[Key, str]]:
     for field, table, noun in tables:
         for name in getattr(block, field):
             if name not in table:
-                hint = suggest(name, table) or f" Known: {', '.join(table)}."
+                hint = suggest_name(name, table) or f" Known: {', '.join(table)}."
                 problems.append((("composition", field, name), f"unknown {noun} '{name}'.{hint}"))
     return problems

@@ -6,6 +6,7 @@ every geometry, whatever its source, passes ``check_geometry``.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -18,40 +19,40 @@ from bamboo.elements import ATOMIC_MASSES, COVALENT_RADII, numbers_of
 from bamboo.errors import InputError, suggest
 
 SOLVENTS = {
-    "EC": "C1COC(=O)O1",  # ethylene carbonate
-    "PC": "CC1COC(=O)O1",  # propylene carbonate
-    "FEC": "C1C(F)OC(=O)O1",  # fluoroethylene carbonate
-    "DFEC": "C1(F)C(F)OC(=O)O1",  # difluoroethylene carbonate
-    "VC": "C1=COC(=O)O1",  # vinylene carbonate
-    "VEC": "C=CC1COC(=O)O1",  # vinylethylene carbonate
-    "DMC": "COC(=O)OC",  # dimethyl carbonate
-    "EMC": "CCOC(=O)OC",  # ethyl methyl carbonate
-    "DEC": "CCOC(=O)OCC",  # diethyl carbonate
-    "FEMC": "COC(=O)OCC(F)(F)F",  # methyl trifluoroethyl carbonate
-    "MF": "COC=O",  # methyl formate
-    "MA": "COC(C)=O",  # methyl acetate
-    "EA": "CCOC(C)=O",  # ethyl acetate
-    "PA": "CCCOC(C)=O",  # propyl acetate
-    "MP": "COC(=O)CC",  # methyl propionate
-    "EP": "CCOC(=O)CC",  # ethyl propionate
-    "MB": "COC(=O)CCC",  # methyl butyrate
-    "EB": "CCOC(=O)CCC",  # ethyl butyrate
-    "GBL": "C1CC(=O)OC1",  # gamma-butyrolactone
-    "ACN": "CC#N",  # acetonitrile
-    "SN": "N#CCCC#N",  # succinonitrile
-    "DME": "COCCOC",  # 1,2-dimethoxyethane, monoglyme
-    "DEE": "CCOCCOCC",  # 1,2-diethoxyethane
-    "G2": "COCCOCCOC",  # diglyme
-    "G3": "COCCOCCOCCOC",  # triglyme
-    "G4": "COCCOCCOCCOCCOC",  # tetraglyme
-    "DOL": "C1COCO1",  # 1,3-dioxolane
-    "THF": "C1CCOC1",  # tetrahydrofuran
+    "EC": "C1COC(=O)O1",
+    "PC": "CC1COC(=O)O1",
+    "FEC": "C1C(F)OC(=O)O1",
+    "DFEC": "C1(F)C(F)OC(=O)O1",
+    "VC": "C1=COC(=O)O1",
+    "VEC": "C=CC1COC(=O)O1",
+    "DMC": "COC(=O)OC",
+    "EMC": "CCOC(=O)OC",
+    "DEC": "CCOC(=O)OCC",
+    "FEMC": "COC(=O)OCC(F)(F)F",
+    "MF": "COC=O",
+    "MA": "COC(C)=O",
+    "EA": "CCOC(C)=O",
+    "PA": "CCCOC(C)=O",
+    "MP": "COC(=O)CC",
+    "EP": "CCOC(=O)CC",
+    "MB": "COC(=O)CCC",
+    "EB": "CCOC(=O)CCC",
+    "GBL": "C1CC(=O)OC1",
+    "ACN": "CC#N",
+    "SN": "N#CCCC#N",
+    "DME": "COCCOC",
+    "DEE": "CCOCCOCC",
+    "G2": "COCCOCCOC",
+    "G3": "COCCOCCOCCOC",
+    "G4": "COCCOCCOCCOCCOC",
+    "DOL": "C1COCO1",
+    "THF": "C1CCOC1",
     "TTE": "FC(F)C(F)(F)COC(F)(F)C(F)F",  # tetrafluoroethyl tetrafluoropropyl ether
-    "DMSO": "CS(C)=O",  # dimethyl sulfoxide
-    "SL": "O=S1(=O)CCCC1",  # sulfolane
-    "DTD": "C1COS(=O)(=O)O1",  # ethylene sulfate
-    "PS": "C1COS(=O)(=O)C1",  # 1,3-propane sultone
-    "TMP": "COP(=O)(OC)OC",  # trimethyl phosphate
+    "DMSO": "CS(C)=O",
+    "SL": "O=S1(=O)CCCC1",
+    "DTD": "C1COS(=O)(=O)O1",
+    "PS": "C1COS(=O)(=O)C1",
+    "TMP": "COP(=O)(OC)OC",
     "water": "O",
 }
 IONS = {
@@ -60,19 +61,81 @@ IONS = {
     "K": "[K+]",
     "PF6": "F[P-](F)(F)(F)(F)F",
     "BF4": "[B-](F)(F)(F)F",
-    "FSI": "[N-](S(=O)(=O)F)S(=O)(=O)F",  # bis(fluorosulfonyl)imide
-    "TFSI": "[N-](S(=O)(=O)C(F)(F)F)S(=O)(=O)C(F)(F)F",  # bis(trifluoromethanesulfonyl)imide
-    "OTf": "[O-]S(=O)(=O)C(F)(F)F",  # triflate
+    "FSI": "[N-](S(=O)(=O)F)S(=O)(=O)F",
+    "TFSI": "[N-](S(=O)(=O)C(F)(F)F)S(=O)(=O)C(F)(F)F",
+    "OTf": "[O-]S(=O)(=O)C(F)(F)F",
     "ClO4": "[O-]Cl(=O)(=O)=O",
     "NO3": "[O-][N+](=O)[O-]",
-    "DFP": "[O-]P(=O)(F)F",  # difluorophosphate
-    "DFOB": "[B-]1(F)(F)OC(=O)C(=O)O1",  # difluoro(oxalato)borate
-    "BOB": "[B-]12(OC(=O)C(=O)O1)OC(=O)C(=O)O2",  # bis(oxalato)borate
+    "DFP": "[O-]P(=O)(F)F",
+    "DFOB": "[B-]1(F)(F)OC(=O)C(=O)O1",
+    "BOB": "[B-]12(OC(=O)C(=O)O1)OC(=O)C(=O)O2",
+}
+# Full names, in small letters, of solvents and anions; capitals do not matter.
+FULL_NAMES = {
+    "ethylene carbonate": "EC",
+    "propylene carbonate": "PC",
+    "fluoroethylene carbonate": "FEC",
+    "difluoroethylene carbonate": "DFEC",
+    "vinylene carbonate": "VC",
+    "vinylethylene carbonate": "VEC",
+    "vinyl ethylene carbonate": "VEC",
+    "dimethyl carbonate": "DMC",
+    "ethyl methyl carbonate": "EMC",
+    "methyl ethyl carbonate": "EMC",
+    "diethyl carbonate": "DEC",
+    "methyl trifluoroethyl carbonate": "FEMC",
+    "methyl 2,2,2-trifluoroethyl carbonate": "FEMC",
+    "methyl formate": "MF",
+    "methyl acetate": "MA",
+    "ethyl acetate": "EA",
+    "propyl acetate": "PA",
+    "methyl propionate": "MP",
+    "ethyl propionate": "EP",
+    "methyl butyrate": "MB",
+    "ethyl butyrate": "EB",
+    "gamma-butyrolactone": "GBL",
+    "γ-butyrolactone": "GBL",
+    "acetonitrile": "ACN",
+    "succinonitrile": "SN",
+    "1,2-dimethoxyethane": "DME",
+    "dimethoxyethane": "DME",
+    "monoglyme": "DME",
+    "1,2-diethoxyethane": "DEE",
+    "diglyme": "G2",
+    "triglyme": "G3",
+    "tetraglyme": "G4",
+    "1,3-dioxolane": "DOL",
+    "tetrahydrofuran": "THF",
+    "dimethyl sulfoxide": "DMSO",
+    "sulfolane": "SL",
+    "ethylene sulfate": "DTD",
+    "1,3-propane sultone": "PS",
+    "trimethyl phosphate": "TMP",
+    "hexafluorophosphate": "PF6",
+    "tetrafluoroborate": "BF4",
+    "bis(fluorosulfonyl)imide": "FSI",
+    "bis(trifluoromethanesulfonyl)imide": "TFSI",
+    "bis(trifluoromethylsulfonyl)imide": "TFSI",
+    "triflate": "OTf",
+    "trifluoromethanesulfonate": "OTf",
+    "perchlorate": "ClO4",
+    "nitrate": "NO3",
+    "difluorophosphate": "DFP",
+    "difluoro(oxalato)borate": "DFOB",
+    "bis(oxalato)borate": "BOB",
 }
 _CATIONS = ("Li", "Na", "K")
 SALTS: dict[str, dict[str, int]] = {
     cation + anion: {cation: 1, anion: 1} for cation in _CATIONS for anion in IONS if anion not in _CATIONS
 }
+_SHORT_NAMES = {full: name for full, name in FULL_NAMES.items() if name in SOLVENTS} | {
+    f"{metal} {full}": cation + name
+    for metal, cation in zip(("lithium", "sodium", "potassium"), _CATIONS, strict=True)
+    for full, name in FULL_NAMES.items()
+    if name in IONS
+}
+_LONGEST_FIRST = "|".join(re.escape(full) for full in sorted(_SHORT_NAMES, key=len, reverse=True))
+_ANY_FULL_NAME = re.compile(rf"(?<![\w-])({_LONGEST_FIRST})(?![\w-])", re.ASCII | re.IGNORECASE)
 
 # Directions from the centre and bond length [Å] of ions that RDKit builds wrongly (bond lengths: B3LYP/def2-SVPD).
 _OCTAHEDRON = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
@@ -128,7 +191,7 @@ def molecule(name: str) -> Molecule:
     key = name if name in known else name.rstrip("+-")
     if key not in known:
         ions = f" '{name}' is a salt; its ions are {' and '.join(SALTS[name])}." if name in SALTS else ""
-        hint = ions or suggest(name, known)
+        hint = ions or suggest_name(name, known)
         raise InputError(f"Unknown molecule '{name}'.{hint} Known names: {', '.join(known)}. Or give its SMILES.")
     if key in _TEMPLATES:
         return _from_template(key, smiles=known[key])
@@ -153,10 +216,22 @@ def define(name: str, smiles: str) -> None:
         SALTS.update({cation + name: {cation: 1, name: 1} for cation in _CATIONS})
 
 
+def with_short_names(text: str) -> str:
+    """Return a text with full names of solvents and salts, ``Dimethyl carbonate``, made short, ``DMC``."""
+    taken = {**SOLVENTS, **SALTS}  # a user may have given a full name, in ``define``, to something else
+    return _ANY_FULL_NAME.sub(lambda found: found[0] if found[0] in taken else _SHORT_NAMES[found[0].lower()], text)
+
+
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest of some names of molecules or salts, else an empty string."""
+    short, known = with_short_names(name), list(known)
+    return f" Did you mean '{short}'?" if short != name and short in known else suggest(name, known)
+
+
 def salt(name: str) -> dict[str, int]:
     """Return the ions of a salt and how many of each, ``LiPF6 -> {"Li": 1, "PF6": 1}``; InputError if unknown."""
     if name not in SALTS:
-        raise InputError(f"Unknown salt '{name}'.{suggest(name, SALTS)} Known salts: {', '.join(SALTS)}.")
+        raise InputError(f"Unknown salt '{name}'.{suggest_name(name, SALTS)} Known salts: {', '.join(SALTS)}.")
     return dict(SALTS[name])
 
 

@@ -43,8 +43,27 @@ def test_a_single_solvent_needs_no_ratio_and_no_salt() -> None:
 
 
 @pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        (
+            "1 m lithium hexafluorophosphate in ethylene  carbonate:Dimethyl Carbonate 3:7 wt",
+            "1 m LiPF6 in EC:DMC 3:7 wt",
+        ),
+        ("2 M sodium bis(fluorosulfonyl)imide in 1,2-dimethoxyethane", "2 M NaFSI in DME"),
+        ("fluoroethylene carbonate:vinyl ethylene carbonate 1:1 mol", "FEC:VEC 1:1 mol"),
+        ("ethyl methyl carbonate:methyl acetate:γ-butyrolactone 1:1:1 vol", "EMC:MA:GBL 1:1:1 vol"),
+    ],
+)
+def test_full_names_stand_for_short_ones(full: str, short: str) -> None:
+    assert parse_composition(full) == parse_composition(short)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("EC:dimethyl carbonat 3:7 wt", "Unknown solvent 'dimethyl'. Did you mean 'dimethyl carbonate'?"),
+        ("chloroethylene carbonate", "Unknown solvent 'chloroethylene'."),  # a full name inside another is none
+        ("2-methyl tetrahydrofuran", "is incomplete"),
         ("EC:DMC 3:7", '"EC:DMC 3:7" has no basis. Write 3:7 wt, 3:7 mol or 3:7 vol.'),
         ("EC:DMC", '"EC:DMC" has no ratio. Write, for example, EC:DMC 1:1 wt.'),
         ("1 m LiPF in DMC", "Unknown salt 'LiPF'. Did you mean 'LiPF6'?"),

@@ -221,6 +221,11 @@ def test_temperatures_in_degrees_celsius(tmp_path: Path, unit: str) -> None:
             "composition:\n  solvents: {DMC: 1}\n  salts:\n    LiPF: 1 m",
             "electrolyte.yaml:4: composition.salts.LiPF: unknown salt 'LiPF'. Did you mean 'LiPF6'?",
         ),
+        (
+            "composition:\n  solvents: {Dimethyl carbonate: 1}",
+            "electrolyte.yaml:2: composition.solvents.Dimethyl carbonate: unknown solvent 'Dimethyl carbonate'. "
+            "Did you mean 'DMC'?",
+        ),
         ("composition:\n  solvents: {EC: 1, DMC: 1}", "composition: several solvents need a `basis`: wt, mol or vol."),
         ("composition: {counts: {EC: 0}}", "composition.counts.EC: expected greater than or equal to 1, got 0."),
         ("composition: {counts: {EC: 1}, salts: {LiPF6: 1 m}}", "exact `counts` already include the salts"),

@@ -7,14 +7,17 @@ import pytest
 
 from bamboo.errors import InputError
 from bamboo.structure.molecules import (
+    FULL_NAMES,
     IONS,
     SALTS,
     SOLVENTS,
     check_geometry,
     conformers,
+    define,
     molecule,
     molecule_from_smiles,
     salt,
+    with_short_names,
 )
 
 
@@ -83,6 +86,14 @@ def test_salts_are_neutral():
     assert salt("LiPF6") == {"Li": 1, "PF6": 1}
 
 
+def test_full_names_belong_to_what_is_known_and_to_nothing_a_user_named(monkeypatch):
+    assert set(FULL_NAMES.values()) <= {*SOLVENTS, *IONS}
+    assert with_short_names("sulfolane") == "SL"
+    monkeypatch.setattr("bamboo.structure.molecules.SOLVENTS", {**SOLVENTS})
+    define("sulfolane", "C1CCOC1")
+    assert with_short_names("sulfolane") == "sulfolane"
+
+
 def test_bad_geometry_is_refused():
     broken = molecule("PF6").positions.copy()
     broken[2] = broken[1] + [0.0, 0.9, 0.0]  # two fluorine atoms 0.9 Å apart, as RDKit builds them
@@ -98,6 +109,8 @@ def test_bad_geometry_is_refused():
     [
         (lambda: molecule("TFSl"), "Did you mean 'TFSI'"),
         (lambda: molecule("LiPF6"), "is a salt; its ions are Li and PF6"),
+        (lambda: molecule("Dimethyl carbonate"), "Did you mean 'DMC'"),
+        (lambda: salt("lithium triflate"), "Did you mean 'LiOTf'"),
         (lambda: salt("LiPF"), "Did you mean 'LiPF6'"),
         (lambda: molecule_from_smiles("C1CC"), "Cannot read SMILES"),
         (lambda: molecule_from_smiles("[Li+].[F-]"), "several molecules"),
