@@ -5,6 +5,7 @@ Amounts: m = mol per kg of solvent, M = mol per litre of solution. Ratios of sol
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,7 +16,8 @@ from bamboo.structure.densities import PURE_DENSITY, formula_mass, ideal_density
 from bamboo.structure.molecules import FULL_NAMES, SALTS, SOLVENTS, molecule, salt, with_short_names
 
 Basis = Literal["wt", "mol", "vol"]
-BASES: tuple[str, ...] = get_args(Basis)
+BASES: tuple[Basis, ...] = get_args(Basis)
+_SPELLINGS: dict[str, Basis] = {"wt": "wt", "w/w": "wt", "mol": "mol", "vol": "vol", "v/v": "vol"}
 UNITS = {"m": "mol/kg", "mol/kg": "mol/kg", "M": "mol/L", "mol/L": "mol/L"}
 MAX_AMOUNT = 50.0  # mol/kg or mol/L; beyond any electrolyte (21 m water-in-salt is the record people simulate)
 
@@ -35,7 +37,8 @@ class Amount:
 class Composition:
     """What was asked for: parts of each solvent in a basis, an amount of each salt; or exact ``counts`` instead.
 
-    ``density_g_cm3`` is the density of the solution where the user knows it.
+    ``density_g_cm3`` is the density of the solution where the user knows it; ``note`` tells of parts that look like
+    percentages and are none.
     """
 
     solvents: dict[str, float] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class Composition:
     salts: dict[str, Amount] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     density_g_cm3: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Realisation:
     """Integer counts that stand for a composition in a box.
 
     formula: solvents and salts as named by the user; counts: molecules and ions as packed; density_g_cm3: estimate by
-    ideal mixing; asked and got: {(name, unit): value} of every amount, for the user to compare.
+    ideal mixing, unless ``density_is_given``; asked and got: {(name, unit): value} of every amount, for the user to
+    compare. A salt asked for in mol/L was not asked for in mol/kg.
     """
 
     formula: dict[str, int]
@@ -59,6 +64,12 @@ class Realisation:
     density_g_cm3: float
     asked: dict[tuple[str, str], float]
     got: dict[tuple[str, str], float]
+    density_is_given: bool = False
+
+    @property
+    def litre(self) -> str:
+        """What a litre of solution is taken to weigh."""
+        return f"at {self.density_g_cm3:.4g} g/cm3 {'as given' if self.density_is_given else 'by ideal mixing'}"
 
     @property
     def worst_deviation(self) -> float:
@@ -71,6 +82,8 @@ class Realisation:
         for (name, unit), value in self.got.items():
             asked = f" (asked {self.asked[name, unit]:.3g})" if (name, unit) in self.asked else ""
             text += f", {name} {value:.3g} {unit}{asked}"
+            if unit == "mol/L":
+                text += f" {self.litre}"
         return text
 
 
@@ -86,6 +99,7 @@ def parse_composition(text: str) -> Composition:
 
     The salt part may be absent (``EC:DMC 3:7 wt``), a single solvent needs no ratio (``1 m LiPF6 in DMC``), and a salt
     may stand in the ratio instead (``LiFSI:DME:TTE 1:1.2:3 mol``). Full names (``FULL_NAMES``) will do.
+    Additives follow as percentages of the whole solvent (``EC:EMC 3:7 vol + 2 wt% VC``); all is then in their basis.
     Raises InputError that names the part in error, the nearest known name and the accepted forms.
     """
     text = with_short_names(" ".join(text.split()))
@@ -98,8 +112,27 @@ def parse_composition(text: str) -> Composition:
         if name in salts:
             raise InputError(f"Salt '{name}' is given twice.")
         salts[name] = amount
-    solvents, basis = _parse_solvents(solvent_text)
-    return Composition(solvents=solvents, basis=basis, salts=salts)
+    ratio, *additives = re.split(r"\s\+|\+\s", solvent_text)
+    solvents, basis = _parse_solvents(ratio.strip())
+    note = ratio_note(solvents)
+    if additives:
+        solvents, basis = _with_additives(solvents, basis, [_parse_additive(part.strip()) for part in additives])
+    return Composition(solvents=solvents, basis=basis, salts=salts, note=note)
+
+
+def parse_basis(text: str) -> Basis | None:
+    """Read a basis in any usual spelling, ``wt``, ``wt%``, ``wt.%``, ``w/w``, ``(v/v)``; None if it is none."""
+    return _SPELLINGS.get(re.sub(r"[\s.%()]", "", text))
+
+
+def ratio_note(parts: Mapping[str, float]) -> str:
+    """Return a line about parts that look like percentages and do not sum to 100 (33:33:33 does), else nothing."""
+    total = sum(parts.values())
+    if not 80.0 <= total <= 120.0 or abs(total - 100.0) <= 1.001:
+        return ""
+    written = ":".join(f"{part:g}" for part in parts.values())
+    shares = ":".join(f"{100.0 * part / total:.3g}" for part in parts.values())
+    return f"{':'.join(parts)} {written}: the parts sum to {total:g}, not 100, and are taken as a ratio, {shares}."
 
 
 def parse_amount(text: str) -> Amount:
@@ -141,23 +174,62 @@ def _parse_solvents(text: str) -> tuple[dict[str, float], Basis]:
         raise InputError(f'"{words[0]}" names a solvent twice.')
     if len(words) == 1 and len(names) == 1:
         return {names[0]: 1.0}, "wt"
-    match = re.fullmatch(r"([0-9.:eE+-]*)\s*(.*)", words[1] if len(words) > 1 else "")
-    ratio, basis = (match[1], match[2].strip()) if match else ("", "")
+    rest = re.sub(r"[(),]", " ", words[1] if len(words) > 1 else "").strip()  # as papers write it: (3:7, v/v)
+    match = re.fullmatch(r"([0-9.:eE+-]*)\s*(.*)", rest)
+    ratio, spelling = (match[1], match[2].strip()) if match else ("", "")
     shares = ratio or ":".join("1" * len(names))
     if not ratio:
         raise InputError(f'"{text}" has no ratio. Write, for example, {words[0]} {shares} wt.')
-    if not basis:
+    if not spelling:
         raise InputError(f'"{text}" has no basis. Write {ratio} wt, {ratio} mol or {ratio} vol.')
-    if basis not in BASES:
+    if (basis := parse_basis(spelling)) is None:
         raise InputError(
-            f"Unknown basis '{basis}'.{suggest(basis, BASES)} Write {ratio} wt, {ratio} mol or {ratio} vol."
+            f"Unknown basis '{spelling}'.{suggest(spelling, BASES)} Write {ratio} wt, {ratio} mol or {ratio} vol."
         )
     parts = [_number(part) for part in ratio.split(":")]
     if len(parts) != len(names):
         raise InputError(f'"{text}" names {len(names)} solvents and gives {len(parts)} parts.')
     if not all(0.0 < part <= 1.0e6 for part in parts):
         raise InputError(f'"{ratio}": every part must lie in 0..1e6. Leave out a solvent you do not want.')
-    return dict(zip(names, parts, strict=True)), "wt" if basis == "wt" else "mol" if basis == "mol" else "vol"
+    return dict(zip(names, parts, strict=True)), basis
+
+
+def _parse_additive(text: str) -> tuple[str, float, Basis]:
+    match = re.fullmatch(r"([0-9.]+)\s*([^%]*%(?:\s*\S+)?)\s+(\S+)", text)
+    if match is None:
+        raise InputError(f'"{text}" is not an additive. Write, for example, + 2 wt% VC, of the whole solvent.')
+    percent, name = _number(match[1]), match[3]
+    if name in SALTS:
+        raise InputError(f"{name} is a salt: give its amount before ' in ', as in \"1 m LiPF6 + 0.1 m {name} in DMC\".")
+    if name not in SOLVENTS:
+        hint = suggest(name, SOLVENTS) or f" Known solvents: {', '.join(SOLVENTS)}."
+        raise InputError(f"Unknown solvent '{name}'.{hint}")
+    if (basis := parse_basis(match[2])) is None:
+        raise InputError(f'"{text}" has no basis. Write + {match[1]} wt% {name}, by weight of the whole solvent.')
+    if not 0.0 < percent < 100.0:
+        raise InputError(f'"{text}": an additive must lie in 0..100 % of the whole solvent.')
+    return name, percent, basis
+
+
+def _with_additives(
+    solvents: dict[str, float], basis: Basis, additives: list[tuple[str, float, Basis]]
+) -> tuple[dict[str, float], Basis]:
+    """Return percentages of solvents and additives in the basis of the additives."""
+    percent = {name: amount for name, amount, _ in additives}
+    if len(percent) < len(additives) or percent.keys() & solvents.keys():
+        raise InputError("A solvent is named twice, in the ratio or among the additives.")
+    if len({each for *_, each in additives}) > 1:
+        raise InputError("The additives have several bases. Give all in one, wt% for example.")
+    if any(name in SALTS for name in solvents):
+        raise InputError("A salt in the ratio and additives: give the additives in the ratio, too.")
+    left = 100.0 - sum(percent.values())
+    if left <= 0.0:
+        raise InputError("The additives leave no room for the solvents: together they must be below 100 %.")
+    target = additives[0][2]
+    if target != basis:
+        solvents = {name: part * _grams(name, basis) / _grams(name, target) for name, part in solvents.items()}
+    total = sum(solvents.values())
+    return {name: left * part / total for name, part in solvents.items()} | percent, target
 
 
 def _number(text: str) -> float:
@@ -180,6 +252,9 @@ def realise(composition: Composition, *, n_atoms: int) -> Realisation:
         moles = moles_per_kg_solvent(composition)
         formula = _nearest_counts(moles, {name: _formula_atoms(name) for name in moles}, n_atoms)
         asked = _amounts(composition, moles)
+        for name, unit in list(asked):
+            if unit == "mol/L":
+                del asked[name, "mol/kg"]
     counts: dict[str, int] = {}
     for name, count in formula.items():
         for part, multiple in _parts(name).items():
@@ -195,6 +270,7 @@ def realise(composition: Composition, *, n_atoms: int) -> Realisation:
         density_g_cm3=composition.density_g_cm3 or ideal_density({k: float(v) for k, v in formula.items()}),
         asked=asked,
         got=_amounts(composition, {name: float(count) for name, count in formula.items()}),
+        density_is_given=composition.density_g_cm3 is not None,
     )
 
 
@@ -205,15 +281,11 @@ def moles_per_kg_solvent(composition: Composition) -> dict[str, float]:
     and the volumes of the salts, or from the density of the solution where that is given.
     """
     parts = composition.solvents
-    mass = {name: formula_mass(name) for name in parts}
     if composition.salts and any(name in SALTS for name in parts):
         raise InputError("A salt in the ratio and an amount of salt: give all salts in the ratio, or all as amounts.")
-    if composition.basis == "vol":
-        weight = {name: part * _density(name) for name, part in parts.items()}
-    else:
-        weight = {name: part * (mass[name] if composition.basis == "mol" else 1.0) for name, part in parts.items()}
+    weight = {name: part * _grams(name, composition.basis) for name, part in parts.items()}
     total = sum(weight.values())
-    moles = {name: 1000.0 * weight[name] / total / mass[name] for name in parts}
+    moles = {name: 1000.0 * weight[name] / total / formula_mass(name) for name in parts}
     molal = {name: a.value for name, a in composition.salts.items() if a.unit == "mol/kg"}
     molar = {name: a.value for name, a in composition.salts.items() if a.unit == "mol/L"}
     if not molar:
@@ -254,17 +326,19 @@ def _nearest_counts(moles: dict[str, float], atoms: dict[str, int], n_atoms: int
 
 
 def _amounts(composition: Composition, formula: dict[str, float]) -> dict[tuple[str, str], float]:
-    """Salts in mol/kg solvent; solvents as percentages of the basis."""
+    """Salts in mol/kg solvent, and in mol/L if asked for so; solvents as percentages of the basis."""
     solvents = {name: n for name, n in formula.items() if name not in SALTS and _charge(name) == 0}
     kg = sum(n * formula_mass(name) for name, n in solvents.items()) / 1000.0
-    amounts = {(name, "mol/kg"): n / kg for name, n in formula.items() if name not in solvents and kg > 0.0}
+    amounts: dict[tuple[str, str], float] = {}
+    for name, n in formula.items():
+        if name in composition.salts and composition.salts[name].unit == "mol/L":
+            grams = sum(m * formula_mass(each) for each, m in formula.items())
+            litres = grams / (composition.density_g_cm3 or ideal_density(formula)) / 1000.0
+            amounts[name, "mol/L"] = n / litres
+        if name not in solvents and kg > 0.0:
+            amounts[name, "mol/kg"] = n / kg
     if len(solvents) > 1:
-        if composition.basis == "mol":
-            share = solvents
-        else:
-            share = {name: n * formula_mass(name) for name, n in solvents.items()}
-        if composition.basis == "vol":
-            share = {name: grams / _density(name) for name, grams in share.items()}
+        share = {name: n * formula_mass(name) / _grams(name, composition.basis) for name, n in solvents.items()}
         total = sum(share.values())
         amounts |= {(name, f"% {composition.basis}"): 100.0 * part / total for name, part in share.items()}
     return amounts
@@ -280,6 +354,11 @@ def _formula_atoms(name: str) -> int:
 
 def _charge(name: str) -> int:
     return sum(n * molecule(part).charge for part, n in _parts(name).items())
+
+
+def _grams(name: str, basis: Basis) -> float:
+    """Return the mass [g] of one part of a solvent: 1 g, 1 mol or 1 cm3 of the pure liquid."""
+    return 1.0 if basis == "wt" else formula_mass(name) if basis == "mol" else _density(name)
 
 
 def _density(name: str) -> float:

@@ -17,7 +17,7 @@ from bamboo import units
 from bamboo.errors import InputError
 from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define, suggest_name
 from md.boxes import read_box
-from md.composition import Amount, Basis, Composition, parse_amount, parse_composition
+from md.composition import Amount, Basis, Composition, parse_amount, parse_basis, parse_composition, ratio_note
 from md.quantities import (
     COLDEST_LIQUID_K,
     MOST_SEVERAL,
@@ -61,7 +61,9 @@ class CompositionBlock(_Block):
     """The long form of ``electrolyte``: parts of solvents in a basis and amounts of salts, or exact counts."""
 
     solvents: dict[str, Annotated[float, Field(strict=True, gt=0.0, le=1.0e6)]] = {}
-    basis: Basis | None = None
+    basis: Annotated[
+        Basis | None, BeforeValidator(lambda given: (isinstance(given, str) and parse_basis(given)) or given)
+    ] = None
     salts: dict[str, SaltAmount] = {}
     counts: dict[str, Annotated[int, Field(strict=True, ge=1, le=10_000_000)]] = {}
     density: Density | None = None
@@ -259,17 +261,26 @@ class RunConfig(_Block):
             return parse_composition(self.electrolyte)
         block = self.composition or CompositionBlock()
         density = None if block.density is None else float(block.density) / units.GRAM_PER_CM3
-        return Composition(dict(block.solvents), block.basis or "wt", dict(block.salts), dict(block.counts), density)
+        return Composition(
+            solvents=dict(block.solvents),
+            basis=block.basis or "wt",
+            salts=dict(block.salts),
+            counts=dict(block.counts),
+            density_g_cm3=density,
+            note=ratio_note(block.solvents),
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is allowed and perhaps not meant, a line each."""
-        return tuple(
+        compositions = [] if self.structure is not None else [one.what().note for one in self.each_condition().values()]
+        temperatures = [
             f"{temperature:g} K is colder than any liquid electrolyte. For {temperature:g} degrees Celsius, "
             f"write '{temperature:g} °C'."
             for temperature in self.temperatures_K
             if temperature < COLDEST_LIQUID_K
-        )
+        ]
+        return tuple(dict.fromkeys([*temperatures, *filter(None, compositions)]))
 
 
 def _defined(names: dict[str, str]) -> dict[str, str]:

@@ -218,6 +218,7 @@ def _section(part: RunFolder, config: RunConfig, *, title: str, album: _Album) -
     amounts = []
     for (name, unit), got in box.got.items():
         asked = box.asked.get((name, unit))
+        unit = f"{unit} {box.litre}" if unit == "mol/L" else unit
         amounts.append((name, unit, "" if asked is None else f"{asked:.4g}", f"{got:.4g}"))
     replicas = f", {config.build.replicas} replicas" if config.build.replicas > 1 else ""
     section = Section(

@@ -24,7 +24,8 @@ _TEXT = """\
 # A run of bamboo-md: `bamboo-md check {name}` tells how long it takes, `bamboo-md run {name}` does it.
 # Quantities carry their units. Every key that may stand here: `bamboo-md schema`.
 
-# amount of salt: m (mol per kg of solvent) or M (mol per litre); ratio of solvents: wt, mol or vol
+# amount of salt: m (mol per kg of solvent) or M (mol per litre); ratio of solvents: wt, mol or vol;
+# additives by share of the whole solvent: EC:EMC 3:7 wt + 2 wt% VC
 electrolyte: {electrolyte}
 temperature: {temperature}   # a list, [280 K, 300 K], runs all of them side by side
 pressure: {pressure}

@@ -43,6 +43,55 @@ def test_a_single_solvent_needs_no_ratio_and_no_salt() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spelling", "basis"),
+    [
+        *(("3:7 wt%", "wt"), ("3:7 w/w", "wt"), ("3:7 wt.%", "wt"), ("3:7wt %", "wt"), ("(3:7 by", None)),
+        *(("3:7 v/v", "vol"), ("(3:7, v/v)", "vol"), ("3:7 (v/v)", "vol"), ("3:7 vol%", "vol"), ("3:7 mol%", "mol")),
+    ],
+)
+def test_usual_spellings_of_a_basis(spelling: str, basis: str | None) -> None:
+    if basis is None:
+        with pytest.raises(InputError, match=re.escape("Unknown basis 'by'. Write 3:7 wt, 3:7 mol or 3:7 vol.")):
+            parse_composition(f"EC:DMC {spelling}")
+    else:
+        assert parse_composition(f"EC:DMC {spelling}") == Composition({"EC": 3.0, "DMC": 7.0}, basis)  # type: ignore[arg-type]
+
+
+def test_additives_are_percentages_of_the_whole_solvent() -> None:
+    found = parse_composition("1 m LiPF6 in EC:EMC 3:7 wt + 2 wt% VC")
+    assert found.solvents == pytest.approx({"EC": 29.4, "EMC": 68.6, "VC": 2.0}) and found.basis == "wt"
+    assert found.salts == {"LiPF6": Amount(1.0, "mol/kg")}
+    for spelling in ("+2% wt VC", "+ 2wt.% vinylene carbonate", "+ 2 w/w% VC", "+ 2 % w/w VC"):
+        assert parse_composition(f"EC:EMC 3:7 wt {spelling}").solvents == found.solvents
+    two = parse_composition("DMC + 5 vol% FEC + 5 vol% VC")
+    assert two.basis == "vol"
+    # 1 cm3 of DMC, as 90 % of the volume, whatever basis a single solvent has
+    assert two.solvents == pytest.approx({"DMC": 90.0, "FEC": 5.0, "VC": 5.0})
+    mixed = parse_composition("EC:EMC 3:7 vol + 2 wt% VC")
+    grams_ec, grams_emc = 3.0 * PURE_DENSITY["EC"][0], 7.0 * PURE_DENSITY["EMC"][0]
+    assert mixed.basis == "wt" and mixed.solvents["VC"] == 2.0
+    assert mixed.solvents["EC"] == pytest.approx(98.0 * grams_ec / (grams_ec + grams_emc))
+    moles = moles_per_kg_solvent(parse_composition("EC:EMC 3:7 wt + 10 mol% DMC"))
+    assert moles["DMC"] / sum(moles.values()) == pytest.approx(0.1)
+    assert moles["EC"] * EC / (moles["EMC"] * 104.105) == pytest.approx(3.0 / 7.0, rel=1e-4)
+
+
+NOTE = "EC:EMC 30:60: the parts sum to 90, not 100, and are taken as a ratio, 33.3:66.7."
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("EC:EMC 30:60 wt", NOTE),
+        ("EC:EMC 30:60 wt + 2 wt% VC", NOTE),
+        *(("EC:EMC:DMC 33:33:33 wt", ""), ("EC:EMC 30:70 wt", ""), ("EC:EMC 1:1 wt", ""), ("EC:EMC 100:100 wt", "")),
+    ],
+)
+def test_parts_that_look_like_percentages_and_are_none_are_noted(text: str, note: str) -> None:
+    assert parse_composition(text).note == note
+
+
+@pytest.mark.parametrize(
     ("full", "short"),
     [
         (
@@ -63,6 +112,14 @@ def test_full_names_stand_for_short_ones(full: str, short: str) -> None:
     [
         ("EC:dimethyl carbonat 3:7 wt", "Unknown solvent 'dimethyl'. Did you mean 'dimethyl carbonate'?"),
         ("chloroethylene carbonate", "Unknown solvent 'chloroethylene'."),  # a full name inside another is none
+        ("EC:EMC 3:7 wt + 2% VC", '"2% VC" has no basis. Write + 2 wt% VC, by weight of the whole solvent.'),
+        ("EC:EMC 3:7 wt + VC 2 wt%", '"VC 2 wt%" is not an additive. Write, for example, + 2 wt% VC'),
+        ("1 m LiPF6 in EC + 1 wt% LiBOB", "LiBOB is a salt: give its amount before ' in '"),
+        ("EC:EMC 3:7 wt + 2 wt% EC", "named twice"),
+        ("EC + 2 wt% VC + 1 mol% FEC", "several bases"),
+        ("EC + 60 wt% VC + 40 wt% FEC", "leave no room"),
+        ("LiFSI:DME 1:2 mol + 2 wt% VC", "give the additives in the ratio"),
+        ("EC + 2 wt% VCC", "Unknown solvent 'VCC'. Did you mean 'VC'?"),
         ("2-methyl tetrahydrofuran", "is incomplete"),
         ("EC:DMC 3:7", '"EC:DMC 3:7" has no basis. Write 3:7 wt, 3:7 mol or 3:7 vol.'),
         ("EC:DMC", '"EC:DMC" has no ratio. Write, for example, EC:DMC 1:1 wt.'),
@@ -158,6 +215,20 @@ def test_counts_are_the_nearest_integers() -> None:
     assert box.got["EC", "% wt"] == pytest.approx(100.0 * 126 * EC / (126 * EC + 287 * DMC), rel=1e-4)
     assert "asked 1" in str(box)
     assert box.worst_deviation < 0.002
+
+
+def test_an_amount_is_told_in_the_unit_it_was_asked_in() -> None:
+    box = realise(parse_composition("1 M LiPF6 in EC:DMC 30:70 wt"), n_atoms=5000)
+    grams = sum(box.formula[name] * mass for name, mass in (("EC", EC), ("DMC", DMC), ("LiPF6", LIPF6)))
+    molar = box.formula["LiPF6"] / (grams / box.density_g_cm3 / 1000.0)
+    assert box.asked["LiPF6", "mol/L"] == pytest.approx(1.0)
+    assert box.got["LiPF6", "mol/L"] == pytest.approx(molar, rel=1e-4)
+    assert ("LiPF6", "mol/kg") in box.got and ("LiPF6", "mol/kg") not in box.asked
+    told = f"LiPF6 {molar:.3g} mol/L (asked 1) at {box.density_g_cm3:.4g} g/cm3 by ideal mixing, LiPF6 "
+    assert told in str(box) and "g/cm3" not in str(realise(parse_composition("1 m LiPF6 in DMC"), n_atoms=500))
+    known = Composition({"DMC": 1.0}, "wt", {"LiPF6": Amount(1.0, "mol/L")}, density_g_cm3=1.25)
+    box = realise(known, n_atoms=5000)
+    assert box.asked["LiPF6", "mol/L"] == pytest.approx(1.0) and "(asked 1) at 1.25 g/cm3 as given" in str(box)
 
 
 def test_a_small_box_trades_size_for_composition() -> None:

@@ -145,6 +145,15 @@ def test_quantities_round_trip_in_every_unit() -> None:
         assert quantity_text(parse_quantity(text, dimension=dimension), dimension=dimension) == text
 
 
+def test_notes_tell_of_what_is_perhaps_not_meant(tmp_path: Path) -> None:
+    short = load_config(write(tmp_path, "electrolyte: EC:DMC 30:60 w/w\ntemperature: [280 K, 25 K]\n"))
+    cold, parts = short.notes
+    assert cold.startswith("25 K is colder") and "sum to 90" in parts
+    block = load_config(write(tmp_path, "composition: {solvents: {EC: 30, DMC: 60}, basis: wt%}\n"))
+    assert block.what().basis == "wt" and block.notes == (parts,)
+    assert load_config(write(tmp_path, FULL)).notes == ()
+
+
 @pytest.mark.parametrize("unit", [" °C", "°C", " C", " degC", " ℃"])
 def test_temperatures_in_degrees_celsius(tmp_path: Path, unit: str) -> None:
     text = (
