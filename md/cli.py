@@ -81,10 +81,25 @@ def init(
 @app.command()
 @reported
 def check(config: ConfigFile, as_json: Json = False) -> None:
-    """Validate a file, pack its box, time the force field and estimate how long the run takes; no dynamics."""
-    from md.config import load_config
+    """Validate a file, pack its box, time the force field and estimate how long the run takes; no dynamics.
+
+    Of a sweep, one member of each composition.
+    """
+    from md.config import is_sweep, load_config
     from md.workflows import check as check_workflow
 
+    if is_sweep(config):
+        from md.sweep import load_sweep
+
+        sweep = load_sweep(config)
+        results = {name: check_workflow(one) for name, one in sweep.one_of_each().items()}
+        if as_json:
+            _print_json({name: result.to_dict() for name, result in results.items()})
+            return
+        for name, result in results.items():
+            print(f"{name}\n{result}\n")
+        print(f"{len(sweep.members())} members; `bamboo-md sweep {config}` runs all of them")
+        return
     result = check_workflow(load_config(config))
     if as_json:
         _print_json(result.to_dict())

@@ -36,9 +36,9 @@ def submit(
 ) -> None:
     """Write a batch script that runs a file, saves itself before the time limit and requeues until it is done."""
     from md.batch import Job, memory_estimate_GB, pbs_script, slurm_script, submit_command
-    from md.config import load_config
+    from md.config import is_sweep, load_config
     from md.quantities import parse_quantity
-    from md.sweep import is_sweep, load_sweep, members_of
+    from md.sweep import load_sweep
 
     if slurm == pbs:
         raise InputError("Say for which batch system: --slurm or --pbs.")
@@ -52,8 +52,8 @@ def submit(
     if is_sweep(config):
         if pbs:
             raise InputError(f"{config} is a sweep, whose array job is written for Slurm only: give --slurm.")
-        each = members_of(load_sweep(config), target)
-        configs, members = list({str(one.config.electrolyte): one.config for one in each}.values()), len(each)
+        whole = load_sweep(config)
+        configs, members = list(whole.one_of_each().values()), len(whole.members())
         command = ["sweep", str(config), "--folder", str(target), "--member"]
     else:
         configs = [load_config(config)]

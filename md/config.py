@@ -36,7 +36,7 @@ from md.quantities import (
     validator,
 )
 from md.yaml_model import load_yaml
-from md.yaml_source import Key
+from md.yaml_source import Key, read_yaml
 
 SaltAmount = Annotated[
     Amount,
@@ -313,7 +313,15 @@ def folder_name(text: str) -> str:
 
 def load_config(path: str | Path) -> RunConfig:
     """Read and check the configuration of a run; raises InputError that lists every problem, one per line."""
+    if is_sweep(path):
+        raise InputError(f"{path}: is a sweep (it has a block `run`). `bamboo-md sweep {path}` runs all of it.")
     return load_yaml(path, RunConfig, checks=_cross_checks)
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Return whether a YAML file is a sweep: only those have a block ``run``."""
+    data = read_yaml(Path(path)).data
+    return isinstance(data, dict) and "run" in data
 
 
 def dump_config(config: RunConfig) -> str:

@@ -37,7 +37,6 @@ from md.config import RunConfig, dump_config, folder_name, load_config
 from md.quantities import MOST_SEVERAL, Temperature, validator
 from md.run_folder import is_locked
 from md.yaml_model import Problem, load_yaml
-from md.yaml_source import read_yaml
 
 Say = Callable[[str], None]
 MOST_MEMBERS = 1000  # Slurm's usual limit of an array
@@ -85,16 +84,17 @@ class SweepConfig(BaseModel):
             members["-".join([*words, f"{temperature:g}K", f"seed{seed}"])] = self.run.model_copy(update=update)
         return members
 
+    def one_of_each(self) -> dict[str, RunConfig]:
+        """Return the first member of every composition, by its name."""
+        first: dict[str | tuple[str, ...] | None, tuple[str, RunConfig]] = {}
+        for name, config in self.members().items():
+            first.setdefault(config.electrolyte, (name, config))
+        return dict(first.values())
+
 
 def load_sweep(path: Path) -> SweepConfig:
     """Read and check a sweep; raises InputError that lists every problem as ``file:line: key: problem``."""
     return load_yaml(path, SweepConfig, checks=_checks)
-
-
-def is_sweep(path: Path) -> bool:
-    """Return whether a YAML file is a sweep: only those have a block ``run``."""
-    data = read_yaml(path).data
-    return isinstance(data, dict) and "run" in data
 
 
 def _checks(config: SweepConfig) -> list[Problem]:

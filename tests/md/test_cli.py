@@ -138,6 +138,17 @@ def test_the_list_of_models_says_what_each_is_for() -> None:
     assert set(json.loads(invoke("model", "list", "--json")[1])) == set(zoo())
 
 
+def test_check_takes_one_member_of_each_composition_of_a_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "many.yaml").write_text("run: {}\nelectrolytes: [DMC, EC]\ntemperatures: [280 K, 25 °C]\nseeds: [1, 2]\n")
+    monkeypatch.setattr("md.workflows.check", lambda config: f"checked {config.electrolyte}")
+    code, out, _ = invoke("check", "many.yaml")
+    assert code == 0
+    assert out == (
+        "DMC-280K-seed1\nchecked DMC\n\nEC-280K-seed1\nchecked EC\n\n"
+        "8 members; `bamboo-md sweep many.yaml` runs all of them\n"
+    )
+
+
 def test_doctor_reports_versions() -> None:
     code, out, _ = invoke("doctor")
     assert code == 0

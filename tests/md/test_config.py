@@ -154,6 +154,12 @@ def test_notes_tell_of_what_is_perhaps_not_meant(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, FULL)).notes == ()
 
 
+def test_a_sweep_is_recognised(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "run: {electrolyte: DMC}\nseeds: [1, 2]\n")
+    assert message.startswith("electrolyte.yaml: is a sweep (it has a block `run`). `bamboo-md sweep ")
+    assert len(message.splitlines()) == 1
+
+
 @pytest.mark.parametrize("unit", [" °C", "°C", " C", " degC", " ℃"])
 def test_temperatures_in_degrees_celsius(tmp_path: Path, unit: str) -> None:
     text = (
