@@ -2,7 +2,8 @@
 
 Runs that differ in nothing but their seed are independent measurements of the same: their mean is weighted by the
 numbers of independent samples, and where they scatter more than their error bars allow, the error bar grows by that
-factor (``md.analysis.statistics.combine``). What is not finished, or gives no value, is listed with its reason.
+factor (``md.analysis.statistics.combine``). Runs of one liquid that differ in more, such as the timestep or the model
+file, stay apart and are told what they differ in. What is not finished, or gives no value, is listed with its reason.
 """
 
 import csv
@@ -22,22 +23,33 @@ from md.analysis.arrhenius import ArrheniusFit, arrhenius_fit
 from md.analysis.estimate import Estimate
 from md.analysis.statistics import combine
 from md.composition import realise
-from md.config import RunConfig
-from md.run_folder import RunFolder
+from md.config import Minimise, RunConfig
+from md.run_folder import HARMLESS, RunFolder, flatten
 from md.sweep import Member, load_sweep, members_of
 
 ACTIVATED = ("viscosity", "conductivity", "diffusion_")  # what follows an Arrhenius law, roughly
 DEEPEST = 3  # folders below the given one in which runs are looked for
+MOST_TOLD = 4  # settings in which a result differs from others: the rest is in their resolved.yaml
+# keys that are no settings of a result: the seed, what leaves the numbers alone, and what `Result` tells in other words
+NO_SETTINGS = (
+    *("build.seed", "output", *HARMLESS),
+    *("electrolyte", "temperature", "pressure", "conditions", "model.name", "model.committee"),
+)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one condition of one finished run says; ``counts`` are the molecules and ions in its box."""
+    """What one condition of one finished run says.
+
+    counts    of the molecules and ions in its box
+    settings  how it was simulated, by dotted key, apart from composition, temperature, pressure and seed
+    """
 
     name: str
     config: RunConfig
     properties: dict[str, Estimate]
     counts: dict[str, int]
+    settings: dict[str, str]
 
     @property
     def electrolyte(self) -> str:
@@ -46,17 +58,26 @@ class Result:
         return given if isinstance(given, str) else ", ".join(f"{n} {name}" for name, n in self.counts.items())
 
     @property
+    def liquid(self) -> tuple[Any, ...]:
+        """What is in the box, and its pressure."""
+        pressure_bar = f"{self.config.target_pressure / units.BAR:.6g}"
+        return self.electrolyte, tuple(self.counts.items()), pressure_bar
+
+    @property
     def system(self) -> tuple[Any, ...]:
         """What runs that can be compared across temperatures have in common."""
-        pressure_bar = f"{self.config.target_pressure / units.BAR:.6g}"
-        return self.electrolyte, tuple(self.counts.items()), pressure_bar, self.config.model_names
+        return *self.liquid, frozenset(self.settings.items())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Results that differ in nothing but their seed, and what they say together."""
+    """Results that differ in nothing but their seed, and what they say together.
+
+    differs_in  settings that other results of the same liquid have otherwise: 'model.dtype: float64'
+    """
 
     results: tuple[Result, ...]
+    differs_in: str = ""
 
     @property
     def first(self) -> Result:
@@ -162,6 +183,7 @@ def _row(group: Group, name: str, estimate: Estimate, n_values: int) -> dict[str
         "runs_with_value": n_values,
         "spread_over_models": estimate.spread_over_models,
         "method": estimate.method,
+        "differs_in": group.differs_in,
         "warnings": "; ".join(estimate.warnings),
     }
 
@@ -229,6 +251,7 @@ def _results(run: Member) -> list[Result]:
         properties = {name: Estimate(**e | {"warnings": tuple(e["warnings"])}) for name, e in content.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"properties.json cannot be read ({type(error).__name__}). Analyse the run again.") from None
+    whole, manifest = RunFolder(run.folder).read_config(), RunFolder(run.folder).manifest()
     return [
         Result(
             f"{run.name}/{name}".rstrip("/"),
@@ -237,9 +260,34 @@ def _results(run: Member) -> list[Result]:
             if name
             else properties,
             realise(config.what(), n_atoms=config.build.atoms).counts,
+            _settings(config, manifest, coldest_K=min(whole.temperatures_K)),
         )
-        for name, config in RunFolder(run.folder).read_config().each_condition().items()
+        for name, config in whole.each_condition().items()
     ]
+
+
+def _settings(config: RunConfig, manifest: Mapping[str, Any], *, coldest_K: float) -> dict[str, str]:
+    """Return how one condition was simulated; ``coldest_K`` of all conditions of its run, where its warm-up ends.
+
+    A stage at the temperature of the run, and a ramp from or to it, are the same at every temperature. A model is its
+    file: one trained anew keeps its name.
+    """
+    flat = flatten(config.model_dump(mode="json", exclude_none=True))
+    settings = {key: str(value) for key, value in flat.items() if not key.startswith(NO_SETTINGS)}
+    records = manifest.get("models", {"": manifest.get("model", {})}).values()
+    checksums = sorted(str(record["sha256"]) for record in records if "sha256" in record)
+    settings |= {"model.sha256": ", ".join(checksums)} if checksums else {"model.name": ", ".join(config.model_names)}
+    for index, stage in enumerate(config.stages):
+        if isinstance(stage, Minimise) or stage.temperature is None:
+            continue
+        start_K, end_K = stage.temperature
+        for number, value_K in enumerate(stage.temperature):
+            key = f"stages.{index}.temperature.{number}"
+            if start_K == end_K == config.temperature_K:
+                del settings[key]
+            elif start_K != end_K and value_K in (config.temperature_K, coldest_K):
+                settings[key] = "that of the run"
+    return settings
 
 
 def _grouped(results: Sequence[Result], missing: Mapping[str, str]) -> Collection:
@@ -254,9 +302,23 @@ def _grouped(results: Sequence[Result], missing: Mapping[str, str]) -> Collectio
             left_out[result.name] = f"has the seed of {same[seed].name}, which is no independent run"
         else:
             same[seed] = result
-    groups = [Group(tuple(group.values())) for group in found.values()]
+    seeds = [tuple(same.values()) for same in found.values()]
+    groups = [Group(same, _differs_in(same[0], [other for other, *_ in seeds])) for same in seeds]
     groups.sort(key=lambda g: (g.concentration["molality_mol_kg"] or 0.0, g.first.electrolyte, g.temperature_K))
     return Collection(tuple(groups), left_out)
+
+
+def _differs_in(result: Result, others: Sequence[Result]) -> str:
+    """Return the settings of a result that are others in another result of the same liquid."""
+    names = ", ".join(result.config.model_names)
+    own, alike = result.settings, [other.settings for other in others if other.liquid == result.liquid]
+    keys = dict.fromkeys(key for settings in alike for key in settings)
+    told = [
+        f"{key}: {own.get(key, 'absent')}{f' ({names})' if key == 'model.sha256' else ''}"
+        for key in keys
+        if any(settings.get(key) != own.get(key) for settings in alike)
+    ]
+    return "; ".join([*told[:MOST_TOLD], *(["..."] if len(told) > MOST_TOLD else [])])
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -289,4 +351,5 @@ def _lines(row: Mapping[str, Any], width: int) -> list[str]:
     value = "no value" if estimate.value is None else str(estimate)
     runs = f"({row['runs_with_value']} of {row['runs']} runs)"
     line = f"  {row['electrolyte']:<{width}s}  {temperature:>8s}  {molality:>11s}  {value} {runs}"
-    return [line.rstrip(), *([f"      {row['warnings']}"] if row["warnings"] else [])]
+    notes = [f"differs from others in {row['differs_in']}" if row["differs_in"] else "", row["warnings"]]
+    return [line.rstrip(), *(f"      {note}" for note in notes if note)]

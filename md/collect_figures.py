@@ -12,6 +12,8 @@ from md.analysis.arrhenius import ArrheniusFit
 from md.analysis.estimate import NORMAL_95
 from md.collect import Collection, Group
 
+BOX = ("composition", "structure", "build")  # settings of which every concentration has its own
+
 
 def write_figures(collection: Collection, folder: Path) -> list[Path]:
     """Draw what can be drawn and return the files: PROPERTY-concentration.png, PROPERTY-arrhenius.png."""
@@ -34,7 +36,8 @@ def write_figures(collection: Collection, folder: Path) -> list[Path]:
 def concentration_figure(collection: Collection, name: str) -> Figure | None:
     """Draw a property against the molality, or, without ions, the mole fraction; None where neither varies.
 
-    A line joins the same molecules at the same temperature and, with salts, in the same ratio of solvents.
+    A line joins the same molecules at the same temperature and, with salts, in the same ratio of solvents, simulated in
+    the same way.
     """
     series: dict[tuple[Any, ...], list[tuple[float, Group]]] = {}
     axis = "molality_mol_kg" if any(group.concentration["molality_mol_kg"] for group in collection.groups) else None
@@ -52,6 +55,7 @@ def concentration_figure(collection: Collection, name: str) -> Figure | None:
         points.sort(key=lambda point: point[0])
         shares = "".join(f", {part:.3g} {solvent}" for solvent, part in ratio) + f" {basis}".rstrip()
         label = f"{' '.join(molecules) + shares if several else ''} {points[0][1].temperature_K:g} K".strip()
+        label += _differs_in([group for _, group in points])
         _points(axes, [x for x, _ in points], [g for _, g in points], name, label)
     axes.legend()
     return figure
@@ -62,8 +66,15 @@ def _series(group: Group, *, salts: bool) -> tuple[Any, ...]:
     what = group.first.config.what()
     total = sum(what.solvents.values())
     ratio = tuple((solvent, round(part / total, 6)) for solvent, part in what.solvents.items()) if salts else ()
-    names, models = tuple(sorted(group.first.counts)), group.first.config.model_names
-    return names, ratio, what.basis if ratio else "", models, f"{group.temperature_K:.6g}"
+    settings = {item for item in group.first.settings.items() if not item[0].startswith(BOX)}
+    names = tuple(sorted(group.first.counts))
+    return names, ratio, what.basis if ratio else "", frozenset(settings), f"{group.temperature_K:.6g}"
+
+
+def _differs_in(groups: Sequence[Group]) -> str:
+    """Return what to add to the label of a line beside which others are of the same liquid."""
+    told = next((group.differs_in for group in groups if group.differs_in), "")
+    return f"\n{told}" if told else ""
 
 
 def arrhenius_figure(name: str, fits: Sequence[tuple[list[Group], ArrheniusFit]]) -> Figure:
@@ -73,7 +84,7 @@ def arrhenius_figure(name: str, fits: Sequence[tuple[list[Group], ArrheniusFit]]
     for index, (groups, fit) in enumerate(fits):
         valued = [g for g in groups if name in g.properties and g.properties[name].value is not None]
         x = [1000.0 / group.temperature_K for group in valued]
-        label = f"{groups[0].first.electrolyte}: {fit.energy}"
+        label = f"{groups[0].first.electrolyte}: {fit.energy}{_differs_in(groups)}"
         _points(axes, x, valued, name, label, line="", colour=f"C{index}")
         ends = np.array([min(x), max(x)])
         axes.plot(ends, np.exp(fit.intercept + fit.slope * ends), f"C{index}-", lw=1.0)

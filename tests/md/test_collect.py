@@ -99,6 +99,70 @@ def test_what_differs_in_more_than_the_seed_stays_apart(tmp_path: Path) -> None:
     assert collection.missing == {"same": "has the seed of base, which is no independent run"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model": {"name": "gfn2", "dtype": "float64"}}, "model.dtype: float64"),
+        ({"stages": [{"kind": "nvt", "time": "9 ps", "timestep": "2 fs"}]}, "stages.0.timestep: 0.002 ps"),
+        ({"stages": [{"kind": "nvt", "time": "9 ps", "temperature": "350 K"}]}, "stages.0.temperature.0: 350 K"),
+        ({"stages": [{"kind": "nvt", "time": "9 ps", "temperature": "300 K"}]}, ""),  # that of the run
+        ({"output": {"thermo_every": "1 ps"}, "checkpoint": {"every": "5 s"}}, ""),
+    ],
+)
+def test_other_physics_are_rows_of_their_own_that_tell_it(
+    tmp_path: Path, settings: dict[str, object], told: str
+) -> None:
+    one = {"viscosity": value(1.0, 0.1)}
+    base: dict[str, object] = {"model": "gfn2", "stages": [{"kind": "nvt", "time": "9 ps"}]}
+    for number in (1, 2):
+        finished(tmp_path / f"base{number}", one, **base | {"build": seed(number)})
+        finished(tmp_path / f"other{number}", one, **base | settings | {"build": seed(number + 2)})
+    groups = collect(tmp_path).groups
+    assert [len(group.results) for group in groups] == ([2, 2] if told else [4])
+    assert told in groups[-1].differs_in and bool(told) == bool(groups[0].differs_in)
+    text = table(collect(tmp_path))
+    assert told in text and text.count("differs from others in") == (2 if told else 0)
+
+
+def test_a_model_trained_anew_is_another_model(tmp_path: Path) -> None:
+    """The manifest of a run keeps the checksum of its model; the same file by another name is the same."""
+    names = {"a": "own.safetensors", "b": "own.safetensors", "c": "copy.safetensors"}
+    for number, ((name, model), checksum) in enumerate(zip(names.items(), ("11", "22", "11"), strict=True)):
+        finished(tmp_path / name, {"viscosity": value(1.0, 0.1)}, build=seed(number), model=model)
+        RunFolder(tmp_path / name).update_manifest(model={"name": model, "sha256": checksum})
+    groups = collect(tmp_path).groups
+    assert [[result.name for result in group.results] for group in groups] == [["a", "c"], ["b"]]
+    assert [group.differs_in for group in groups] == [f"model.sha256: {n} (own.safetensors)" for n in ("11", "22")]
+
+
+def test_activation_energies_and_lines_do_not_mix_physics(tmp_path: Path) -> None:
+    """Two timesteps, each with lines of two concentrations and three temperatures, and ramps that start there."""
+    for molality in (0.5, 1.0):
+        for temperature in (280, 300, 320):
+            for timestep in (1, 2):
+                ramp = {"kind": "nvt", "time": "9 ps", "temperature": ["50 K", f"{temperature} K"]}
+                finished(
+                    tmp_path / f"{molality}-{temperature}-{timestep}",
+                    {"viscosity": value(exp(timestep * 1000.0 / temperature), 0.1)},
+                    electrolyte=f"{molality} m LiPF6 in DMC",
+                    temperature=f"{temperature} K",
+                    build={"atoms": 600, "seed": 1},
+                    stages=[ramp, {"kind": "nvt", "time": "9 ps", "timestep": f"{timestep} fs"}],
+                )
+    collection = collect(tmp_path)
+    energies = {
+        row["differs_in"]: row["value"] for row in collection.rows() if row["property"] == "viscosity_activation_energy"
+    }
+    assert energies == {
+        f"stages.1.timestep: 0.00{timestep} ps": pytest.approx(timestep * 1000.0 * GAS_CONSTANT, rel=1e-4)
+        for timestep in (1, 2)
+    }
+    figure = concentration_figure(collection, "viscosity")
+    assert figure is not None
+    labels = [str(container.get_label()) for container in figure.axes[0].containers]
+    assert sorted(labels)[0].endswith("280 K\nstages.1.timestep: 0.001 ps") and len(set(labels)) == 6
+
+
 def test_conditions_of_one_run_are_taken_apart(tmp_path: Path) -> None:
     """A batch of temperatures in one run, and the same liquid as a run of its own."""
     both = {f"{name}K/viscosity": value(number, 0.1) for name, number in (("280", 4.0), ("300", 3.0))}
