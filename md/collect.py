@@ -25,6 +25,7 @@ from md.analysis.statistics import combine
 from md.composition import realise
 from md.config import Minimise, RunConfig
 from md.run_folder import HARMLESS, RunFolder, flatten
+from md.status import run_status
 from md.sweep import Member, load_sweep, members_of
 
 ACTIVATED = ("viscosity", "conductivity", "diffusion_")  # what follows an Arrhenius law, roughly
@@ -223,7 +224,7 @@ def collect(source: Path, *, folder: Path | None = None) -> Collection:
 
 
 def _is_stale(run: Member) -> bool:
-    return run.outcome is not None and run.outcome.code == 0 and not run.is_finished
+    return run.outcome is not None and run.outcome.settings != run.settings
 
 
 def _run_folders(folder: Path, *, depth: int) -> Iterator[Path]:
@@ -238,7 +239,7 @@ def _run_folders(folder: Path, *, depth: int) -> Iterator[Path]:
 def _results(run: Member) -> list[Result]:
     """Return what a run says of each of its conditions; raises InputError with the reason where it says nothing."""
     outcome, path = run.outcome, RunFolder(run.folder).properties
-    if outcome is not None and outcome.code != 0:
+    if outcome is not None and outcome.code != 0 and not _is_complete(run, path):
         raise InputError(outcome.reason)
     if not run.folder.exists() or not (run.folder / "resolved.yaml").exists():
         raise InputError("not begun")
@@ -264,6 +265,11 @@ def _results(run: Member) -> list[Result]:
         )
         for name, config in whole.each_condition().items()
     ]
+
+
+def _is_complete(run: Member, properties: Path) -> bool:
+    """Tell whether all of a run is done: one that failed in its sweep may have been finished alone."""
+    return properties.exists() and run_status(run.folder).state == "finished"
 
 
 def _settings(config: RunConfig, manifest: Mapping[str, Any], *, coldest_K: float) -> dict[str, str]:

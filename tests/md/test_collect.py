@@ -363,6 +363,26 @@ def test_members_without_results_are_listed_with_their_reason(tmp_path: Path, mo
     assert (first["property"], float(first["value"]), float(first["stderr"])) == ("viscosity", 2.0, 0.1)
 
 
+def test_a_member_that_failed_and_was_finished_alone_counts(tmp_path: Path) -> None:
+    """`bamboo-md run member.yaml` leaves the outcome.json of the sweep as it is; a half-done run may be analysed."""
+    (tmp_path / "s.yaml").write_text("run: {electrolyte: DMC, stages: [{kind: nvt, time: 9 fs}]}\nseeds: [1, 2]\n")
+    members = members_of(load_sweep(tmp_path / "s.yaml"), tmp_path / "runs")
+    for member, step in zip(members, (9, 8), strict=True):
+        RunFolder(member.folder).write_config(member.config)
+        write_properties(RunFolder(member.folder), {"viscosity": value(2.0, 0.1)})
+        (member.folder / "stages/01-nvt").mkdir(parents=True)
+        (member.folder / "stages/01-nvt/thermo.csv").write_text(f"step\n{step}\n")
+        outcome = {"code": 137, "reason": "ended by SIGKILL", "settings": member.settings}
+        (member.folder / "outcome.json").write_text(json.dumps(outcome))
+    for source in (tmp_path / "runs", tmp_path / "s.yaml"):
+        collection = collect(source, folder=tmp_path / "runs")
+        assert [result.name for group in collection.groups for result in group.results] == [members[0].name]
+        assert collection.missing == {members[1].name: "ended by SIGKILL"}
+    (tmp_path / "s.yaml").write_text((tmp_path / "s.yaml").read_text().replace("9 fs", "7 fs"))
+    with pytest.raises(InputError, match="its settings have changed since it ran"):
+        collect(tmp_path / "s.yaml", folder=tmp_path / "runs")
+
+
 def test_nothing_to_collect_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run in it"):
         collect(tmp_path)
