@@ -20,7 +20,8 @@ members = members_of(load_sweep(SWEEP), folder)
 job = Job(time_s=24 * 3600.0, cpus=8, gpus=0, memory_GB=2.0)
 command = ["sweep", str(SWEEP), "--folder", str(folder), "--member"]
 programs = Path(sys.executable).parent
-text = slurm_script(command, job, script=script, folder=folder, programs=programs, members=len(members))
+names = [member.name for member in members]
+text = slurm_script(command, job, script=script, folder=folder, programs=programs, members=names)
 script.write_text(text, encoding="utf-8")
 for number, member in enumerate(members):
     print(f"{number:3d}  {member.name}")

@@ -76,14 +76,21 @@ def memory_estimate_GB(config: RunConfig, *, gpus: int = 0) -> float:
 
 
 def slurm_script(
-    command: Sequence[str], job: Job, *, script: Path, folder: Path, programs: Path, members: int | None = None
+    command: Sequence[str],
+    job: Job,
+    *,
+    script: Path,
+    folder: Path,
+    programs: Path,
+    members: Sequence[str] | None = None,
 ) -> str:
     """Return a script for sbatch.
 
-    command   of bamboo-md, without that word, relative to the folder of the script; its last word of an array of
-              ``members`` is left to the script: the number of the task, from 0
+    command   of bamboo-md, without that word, relative to the folder of the script; its last word of an array is left
+              to the script: the number of the task, from 0
     folder    where the run keeps its files
     programs  folder of the program bamboo-md
+    members   of an array: the folder of each task, in ``folder``
     """
     name = job_name(script)
     lines = [
@@ -98,12 +105,16 @@ def slurm_script(
         f"--cpus-per-task={job.cpus}",
         f"--mem={job.megabytes}M",
         *([f"--gres=gpu:{job.gpus}"] if job.gpus else []),
-        *([f"--array=0-{members - 1}"] if members is not None else []),
+        *([f"--array=0-{len(members) - 1}"] if members is not None else []),
         *([f"--partition={job.partition}"] if job.partition else []),
         *([f"--account={job.account}"] if job.account else []),
         *job.extra,
     ]
     member = "" if members is None else ' "$SLURM_ARRAY_TASK_ID"'
+    own_folder = f"folder={shlex.quote(str(folder))}"
+    if members is not None:  # the checkpoints of other tasks are no reason to return to the queue
+        every = " ".join(shlex.quote(str(folder / name)) for name in members)
+        own_folder = f"folders=({every})\nfolder=${{folders[$SLURM_ARRAY_TASK_ID]}}"
     # one task of an array may have the number of the array: requeueing that number would requeue all tasks
     task = '"$SLURM_JOB_ID"' if members is None else '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
     return _script(
@@ -111,7 +122,7 @@ def slurm_script(
         f"bamboo-md {shlex.join(command)}{member}",
         job,
         script=script,
-        folder=folder,
+        own_folder=own_folder,
         programs=programs,
         submit=submit_command(script, system="slurm"),
         requeue=f"scontrol requeue {task}",
@@ -137,7 +148,7 @@ def pbs_script(command: Sequence[str], job: Job, *, script: Path, folder: Path, 
         f"{timer} bamboo-md {shlex.join(command)}",
         job,
         script=script,
-        folder=folder,
+        own_folder=f"folder={shlex.quote(str(folder))}",
         programs=programs,
         submit=submit,
         requeue=submit,
@@ -161,7 +172,7 @@ def _script(
     job: Job,
     *,
     script: Path,
-    folder: Path,
+    own_folder: str,
     programs: Path,
     submit: str,
     requeue: str,
@@ -193,7 +204,8 @@ while [ "$heard" -ne "$signals" ]; do  # a signal ends the waiting, not the run
     code=$?
 done
 
-checkpointed() {{ [ -n "$(find {shlex.quote(str(folder))} -path '*/restart/*' -newermt "@$begun" 2>/dev/null)" ]; }}
+{own_folder}
+checkpointed() {{ [ -n "$(find "$folder" -path '*/restart/*' -newermt "@$begun" 2>/dev/null)" ]; }}
 if [ "$code" -eq "$((128 + $(kill -l USR1)))" ] && checkpointed; then
     code=75  # the limit came while nothing answered the signal, during the analysis: the next job begins there
 fi

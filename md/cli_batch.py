@@ -53,7 +53,8 @@ def submit(
         if pbs:
             raise InputError(f"{config} is a sweep, whose array job is written for Slurm only: give --slurm.")
         whole = load_sweep(config)
-        configs, members = list(whole.one_of_each().values()), len(whole.members())
+        configs = list(whole.one_of_each().values())
+        members = [one.name for one in members_of(whole, target)]
         command = ["sweep", str(config), "--folder", str(target), "--member"]
     else:
         configs = [load_config(config)]
@@ -65,7 +66,7 @@ def submit(
     text = slurm_script(command, job, members=members, **where) if slurm else pbs_script(command, job, **where)
     write_text(script, text)
     script.chmod(0o755)
-    tasks = f", {members} members" if members else ""
+    tasks = f", {len(members)} members" if members else ""
     print(f"wrote {script}{tasks}; submit it with:  {submit_command(script, system=system)}")
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def write(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def slurm(place: Path, does: str, *, members: int | None = None, job: Job = JOB) -> Path:
+def slurm(place: Path, does: str, *, members: Sequence[str] | None = None, job: Job = JOB) -> Path:
     write(place / "bin/bamboo-md", PROGRAM.format(does))
     path, folder, programs = place / "a b.slurm", Path("my runs/x"), place / "bin"
     path.write_text(slurm_script(COMMAND, job, script=path, folder=folder, programs=programs, members=members))
@@ -90,7 +91,7 @@ def test_the_second_job_finishes_what_the_first_began(place: Path) -> None:
 
 def test_a_task_of_an_array_requeues_itself_alone(place: Path) -> None:
     """The number of the array alone would stand for all its tasks."""
-    script = slurm(place, "exit 75", members=4)
+    script = slurm(place, "exit 75", members=list("abcd"))
     assert "#SBATCH --array=0-3\n" in script.read_text()
     assert finish(start(script))[0] == 0
     assert queue(script) == ["scontrol requeue 77_3"]
@@ -152,6 +153,21 @@ def test_a_limit_during_the_analysis_is_no_endless_loop(place: Path, checkpoint:
     process.send_signal(signal.SIGUSR1)
     code, _ = finish(process)
     assert (code, queue(script)) == ((0, ["scontrol requeue 77"]) if checkpoint else (128 + signal.SIGUSR1, []))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_task_of_an_array_looks_at_its_own_checkpoints(place: Path, own: bool) -> None:
+    """Another member's checkpoint would send a task that never comes further back to the queue for ever."""
+    restart = place / "my runs/x" / ("it's d" if own else "c") / "restart"
+    restart.mkdir(parents=True)
+    does = f"touch {shlex.quote(str(restart / 'a.json'))} ready; exec sleep 20"
+    script = slurm(place, does, members=["a", "b", "c", "it's d"])
+    process = start(script)  # the task with number 3
+    wait_for(place / "ready")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    code, _ = finish(process)
+    assert (code, queue(script)) == ((0, ["scontrol requeue 77_3"]) if own else (128 + signal.SIGUSR1, []))
 
 
 def test_pbs_has_a_timer_and_submits_again(place: Path) -> None:
