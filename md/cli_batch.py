@@ -64,6 +64,8 @@ def submit(
     script = Path(f"{config.stem}.{system}")
     where = {"script": script, "folder": target, "programs": Path(sys.executable).parent}
     text = slurm_script(command, job, members=members, **where) if slurm else pbs_script(command, job, **where)
+    if script.exists() and script.read_text(encoding="utf-8", errors="replace") != text:
+        raise InputError(f"{script}: exists already, and says something else. Rename or remove it to write it anew.")
     write_text(script, text)
     script.chmod(0o755)
     tasks = f", {len(members)} members" if members else ""

@@ -260,6 +260,20 @@ def test_submit_refuses_what_cannot_be_meant(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob("*.slurm"))
 
 
+def test_submit_keeps_a_script_that_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    script = tmp_path / "run.slurm"
+    for _ in range(2):  # the second finds what it would write
+        result = CliRunner().invoke(cli.app, ["submit", "run.yaml", "--slurm", "--memory", "1"])
+        assert result.exit_code == 0, result.stderr
+    edited = script.read_text() + "echo by hand\n"
+    script.write_text(edited)
+    result = CliRunner().invoke(cli.app, ["submit", "run.yaml", "--slurm", "--memory", "1"])
+    assert (result.exit_code, script.read_text()) == (2, edited)
+    assert "run.slurm: exists already" in result.stderr and "remove it" in result.stderr
+
+
 def test_the_example_writes_a_script_for_all_its_members(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
