@@ -138,7 +138,7 @@ def analyze(
     folder: Annotated[Path | None, typer.Option(help="Files: where results go; default: NAME-analysis.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute properties again from trajectories; writes properties.json and figures.
+    """Compute properties again from trajectories; writes properties.json, figures and the report where there is one.
 
     RUN is the folder of a run, finished or not; or trajectories of other programs (LAMMPS dump, DCD, XTC, extended XYZ,
     whatever ASE reads), one file per replica, of molecules that are known by name.

@@ -328,9 +328,12 @@ def _contents(conditions: Sequence[Condition]) -> dict[str, Any]:
 
 
 def analyse_folder(folder: Path) -> tuple[dict[str, Estimate], list[str]]:
-    """Analyse a run again; returns the properties and their table."""
+    """Analyse a run again, and write its report again where it has one; returns the properties and their table."""
     run_folder = RunFolder(folder)
-    return write_results(run_folder, run_folder.read_config())
+    results = write_results(run_folder, run_folder.read_config())
+    if (folder / "report.html").exists():
+        _write_report(run_folder)
+    return results
 
 
 @dataclass(frozen=True)

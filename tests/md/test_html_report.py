@@ -27,7 +27,7 @@ from md.property_names import answers, property_of, readable
 from md.recording import build_topology
 from md.run_folder import RunFolder
 from md.trajectory import THERMO, Ensemble, ThermoWriter, TrajectoryWriter
-from md.workflows import write_results
+from md.workflows import analyse_folder, write_results
 
 N_MOLECULES, SIDE_A = 5, 9.0
 CONFIG = """\
@@ -376,6 +376,17 @@ def test_the_curated_table_is_installed_and_shown(measured: tuple[Path, RunConfi
     assert unmeasured(warm, ["viscosity", "density", "diffusion"]) == ["density", "viscosity"]
     assert unmeasured(config, ["density", "viscosity", "conductivity"]) == ["conductivity"]
     assert "No measurement of" not in text
+
+
+def test_a_new_analysis_makes_a_new_report_where_there_is_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    make_run(folder, CONFIG.replace("density, viscosity, diffusion", "density"))
+    fill(folder, nvt=False, n_npt=301)
+    analyse_folder(folder)
+    assert not (folder / "report.html").exists()
+    (folder / "report.html").write_text("of the last analysis")
+    properties, _ = analyse_folder(folder)
+    assert properties["density"].warnings[0] in Page(folder / "report.html").text
 
 
 def test_verdicts() -> None:
