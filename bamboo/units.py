@@ -34,12 +34,9 @@ NANOSECOND = 1.0e6 * FEMTOSECOND
 CELSIUS_ZERO_K = 273.15
 
 # mass
-AMU = 1.0
 GRAM = float(_ase.kg) * 1.0e-3
-KILOGRAM = float(_ase.kg)
 
-# charge and dipole
-ELEMENTARY_CHARGE = 1.0
+# dipole
 DEBYE = float(_ase.Debye)  # e Å
 
 # pressure, viscosity, conductivity
