@@ -1,11 +1,30 @@
 """Signals that ask for an end: noted, so that work can stop where nothing is lost."""
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
 
 from bamboo.errors import CheckpointedStop
+
+PARENT = "BAMBOO_PARENT"  # environment: process without which this one should not go on
+PR_SET_PDEATHSIG = 1  # of Linux, <sys/prctl.h>
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the parent named in the environment ends, even if it is killed; on Linux only, elsewhere not.
+
+    Called by the child: code between fork and exec would not be safe beside threads.
+    """
+    parent = os.environ.pop(PARENT, None)  # it is not that of our own children
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it has ended already
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopSignals:

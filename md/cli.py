@@ -39,6 +39,10 @@ def run(
     """Build, simulate and analyse an electrolyte. The same command again continues an unfinished run."""
     from rich.console import Console
 
+    from bamboo.signals import end_with_parent
+
+    end_with_parent()
+
     from md.config import load_config
     from md.workflows import run as run_workflow
 

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bamboo.checkpoint import zoo
 from bamboo.errors import CheckpointedStop
 from bamboo.files import file_sha256, write_json, write_text
-from bamboo.signals import StopSignals
+from bamboo.signals import PARENT, StopSignals
 from md.composition import parse_composition
 from md.config import RunConfig, dump_config, folder_name, load_config
 from md.quantities import MOST_SEVERAL, Temperature, validator
@@ -185,7 +185,7 @@ class Member:
         load_config(path)
 
     def start(self, *, threads: int) -> "Process":
-        """Start its run, once checked, as a process of its own, which signals reach through us only."""
+        """Start its checked run as a process of its own: signals reach it only through us, and it ends with us."""
         number = str(threads)
         with open(self.folder / "output.txt", "a") as output, open(self.folder / "errors.txt", "w") as errors:
             child = subprocess.Popen(
@@ -196,7 +196,7 @@ class Member:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env={**os.environ, "OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number},
+                env={**os.environ, "OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, PARENT: str(os.getpid())},
                 start_new_session=True,
             )
         return Process(self, child)
@@ -252,7 +252,9 @@ def run_members(members: Sequence[Member], *, processes: int | None = None, say:
 
     Each process gets its share of the processors as threads. That share does not depend on what is finished, because
     the last digits of a trajectory depend on it. A member that fails does not stop the others; one that another process
-    works on is waited for. SIGTERM, SIGUSR1 and SIGINT end all in checkpoints, and no further member begins.
+    works on is waited for, and counts as one of ``processes`` if it is at work from the beginning: what is left of a
+    sweep that was killed needs its processors. SIGTERM, SIGUSR1 and SIGINT end all in checkpoints, and no further
+    member begins.
     Raises InputError for a member whose settings no run would accept, before any begins.
     """
     waiting = [member for member in members if not member.is_finished]
@@ -265,19 +267,22 @@ def run_members(members: Sequence[Member], *, processes: int | None = None, say:
         f"{n_processes} at a time, {threads} thread{'s' if threads > 1 else ''} each"
     )
     running: list[Process] = []
+    left = [member for member in waiting if member.is_busy]
     waits, told = False, set[int]()
     with StopSignals() as stop, _ended_with_us(running):
         while running or (waiting and stop.received is None):
-            while waiting and stop.received is None and len(running) < n_processes:
+            left = [member for member in left if member.is_busy]
+            while waiting and stop.received is None and len(running) + len(left) < n_processes:
                 free = next((member for member in waiting if not member.is_busy), None)
                 if free is None:
-                    if not (running or waits):
-                        waits = True
-                        say(f"waiting for other processes that work on {', '.join(m.name for m in waiting)}")
                     break
                 waiting.remove(free)
                 if not free.is_finished:  # now, by the process that it was waited for
                     running.append(free.start(threads=threads))
+            blocked = waiting and not (running or waits) and stop.received is None
+            if blocked and (busy := [member.name for member in left or waiting if member.is_busy]):
+                waits = True
+                say(f"waiting for other processes that work on {', '.join(busy)}")
             _hand_on(stop.received, running, told)
             time.sleep(POLL_S)
             for process in list(running):

@@ -284,9 +284,43 @@ def test_what_another_process_works_on_is_waited_for(tmp_path: Path, monkeypatch
 
     lock = RunFolder(members[0].folder).locked()
     lock.__enter__()
-    run_members(members, processes=1, say=say)
+    run_members(members, processes=2, say=say)
     assert len(children) == 3
     assert [line.split(":")[0] for line in said if "finished" in line][1:] == [members[k].name for k in (1, 2, 0)]
+
+
+def test_what_others_work_on_counts_as_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members of a sweep that was killed may still be at work when it is started again."""
+    members = members_of(load_sweep(write(tmp_path, QUICK)), tmp_path)
+    children, begun = quick(monkeypatch, "exit 0"), list[int]()
+    lock = RunFolder(members[2].folder).locked()
+
+    def say(line: str) -> None:
+        if line == f"waiting for other processes that work on {members[2].name}":
+            begun.append(len(children))
+            lock.__exit__(None, None, None)
+
+    lock.__enter__()
+    run_members(members, processes=1, say=say)
+    assert (begun, len(children)) == ([0], 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_members_end_in_their_checkpoints_when_the_sweep_is_killed(settings: str, tmp_path: Path) -> None:
+    file = write(tmp_path, settings.replace("time: 120 fs", "time: 100 ps"))
+    command = [sys.executable, "-P", "-m", "md.cli", "sweep", str(file), "--folder", str(tmp_path / "runs")]
+    parent = subprocess.Popen([*command, "--processes", "1"], stdout=subprocess.DEVNULL)
+    member = members_of(load_sweep(file), tmp_path / "runs")[0]
+    end = time.monotonic() + 200.0
+    while not (member.folder / "stages/02-npt/thermo.csv").exists():
+        assert parent.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while member.is_busy:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert "02-npt stopped at step" in (member.folder / "errors.txt").read_text()
 
 
 def test_every_process_has_its_share_whatever_is_left_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
