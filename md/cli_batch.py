@@ -54,7 +54,7 @@ def submit(
             raise InputError(f"{config} is a sweep, whose array job is written for Slurm only: give --slurm.")
         whole = load_sweep(config)
         configs = list(whole.one_of_each().values())
-        members = [one.name for one in members_of(whole, target)]
+        members = list(whole.members())
         command = ["sweep", str(config), "--folder", str(target), "--member"]
     else:
         configs = [load_config(config)]

@@ -311,10 +311,10 @@ def _remedy(wanting: Sequence[Property], config: RunConfig) -> str:
     for name in wanting:
         if found := stage_of(name, config):
             index, stage = found
-            length = needed_ps(name, ions=ions, replicas=config.build.replicas)
-            planned = stage.time / units.PICOSECOND
+            needed = needed_ps(name, ions=ions, replicas=config.build.replicas)
+            had = stage.time / units.PICOSECOND
             # where the rule was too optimistic, twice as long
-            lengths[index] = max(lengths.get(index, 0.0), length if length > planned else 2.0 * planned)
+            lengths[index] = max(lengths.get(index, 0.0), needed if needed > had else 2.0 * had)
     if not lengths:
         return ""
     last = len(config.stages) - 1
@@ -323,11 +323,11 @@ def _remedy(wanting: Sequence[Property], config: RunConfig) -> str:
         return f"Set the time of the last stage, {stage_name}, to {format_time(lengths[last])}"
     added = []
     for index in sorted(lengths | ({last: 0.0} if isinstance(config.stages[last], NVT) else {})):
-        stage = config.stages[index]
-        planned = 0.0 if isinstance(stage, Minimise) else stage.time / units.PICOSECOND
-        mean = ", volume: mean" if isinstance(stage, NVT) and stage.volume == "mean" else ""
+        again = config.stages[index]
+        planned = 0.0 if isinstance(again, Minimise) else again.time / units.PICOSECOND
+        mean = ", volume: mean" if isinstance(again, NVT) and again.volume == "mean" else ""
         length = format_time(lengths.get(index, 0.0) or planned)
-        added.append(f"{{kind: {stage.kind}, time: {length}{mean}}}")
+        added.append(f"{{kind: {again.kind}, time: {length}{mean}}}")
     return f"Add at the end of the stages: {', then '.join(added)}"
 
 

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bamboo.checkpoint import describe, resolve, zoo
@@ -36,9 +37,9 @@ def model_card(name: str) -> str:
 
 def model_lines() -> list[str]:
     """Return a line for each model of the zoo: its names, its elements, what it learnt from and is for."""
-    names: dict[str, list[str]] = {}
+    names: dict[Path, list[str]] = {}
     for name, path in zoo().items():
-        names.setdefault(str(path), []).append(name)
+        names.setdefault(path, []).append(name)
     lines = []
     for path, (name, *aliases) in names.items():
         header = describe(path)

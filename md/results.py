@@ -135,8 +135,9 @@ def analyse(folder: RunFolder, config: RunConfig) -> dict[str, Estimate]:
     n_frames = min(trajectory.n_frames for trajectory in data.trajectories)
     if n_frames < FEWEST_FRAMES:
         reason = f"not converged: {data.name} lasted {data.length}, {n_frames} frames, too few for any analysis"
-        missing = {name: no_value(reason, unit="", method="") for name in sorted(asked - {"density"})}
-        return properties | {name: _with_needed(e, name, data) for name, e in missing.items()}
+        for name in sorted(asked - {"density"}):
+            properties[name] = _with_needed(no_value(reason, unit="", method=""), name, data)
+        return properties
     measured = production_properties(asked, data)
     if data.note is not None:
         measured = {name: e if e.value is None else e.with_warning(data.note) for name, e in measured.items()}

@@ -58,7 +58,8 @@ def transport_stage(config: RunConfig) -> Found:
     """Return the stage that all but the density comes from: the last that supports transport, else the last."""
     dynamics = [(i, stage) for i, stage in enumerate(config.stages) if not isinstance(stage, Minimise)]
     suits = [found for found in dynamics if protocol.transport_objection(config, found[1]) is None]
-    return (suits or dynamics or [None])[-1]
+    found = suits or dynamics
+    return found[-1] if found else None
 
 
 def density_stage(config: RunConfig) -> Found:
