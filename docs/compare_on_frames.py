@@ -2,7 +2,7 @@
 
     python docs/compare_on_frames.py RUN/sample/traj.h5 MODEL MODEL [...]
 
-prints the mean molecular pressure [bar] of every model, without its kinetic part, and its standard deviation over models.
+prints the mean molecular pressure [bar] of every model, without its kinetic part, and its spread over models.
 """
 
 import sys
