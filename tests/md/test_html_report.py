@@ -148,14 +148,14 @@ def test_every_property_has_its_number_or_its_reason(measured: tuple[Path, RunCo
 
 def test_the_top_says_what_is_usable_and_how_to_go_on(measured: tuple[Path, RunConfig], tmp_path: Path) -> None:
     text = Page(measured[0] / "report.html").text
-    assert "2 of 3 properties have a value; viscosity: no value, see below finished" in text
+    assert "2 of 3 properties have a value; diffusion: wide error bars; viscosity: no value, see below" in text
     folder = tmp_path / "short"
     shutil.copytree(measured[0], folder)
     properties = json.loads((folder / "properties.json").read_text())
     properties["viscosity"]["warnings"] = ["not converged: 02-nvt lasted 100 ps"]
     (folder / "properties.json").write_text(json.dumps(properties))
     text = Page(write_report(folder)).text
-    assert "2 of 3 properties have a value; viscosity: too short, see below" in text
+    assert "2 of 3 properties have a value; diffusion: wide error bars; viscosity: too short, see below" in text
     assert "Set the time of the last stage, 02-nvt, to 1 ns" in text
     assert "then give the same command again: bamboo-md run x.yaml" in text
     assert text.index("2 of 3 properties") < text.index("finished") < text.index("Model toy")
