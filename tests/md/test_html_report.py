@@ -155,7 +155,7 @@ def test_the_top_says_what_is_usable_and_how_to_go_on(measured: tuple[Path, RunC
     properties["viscosity"]["warnings"] = ["not converged: 02-nvt lasted 100 ps"]
     (folder / "properties.json").write_text(json.dumps(properties))
     text = Page(write_report(folder)).text
-    assert "2 of 3 properties have a value; diffusion: wide error bars; viscosity: too short, see below" in text
+    assert "2 of 3 properties have a value; viscosity: too short, see below; diffusion: wide error bars" in text
     assert "Set the time of the last stage, 02-nvt, to 1 ns" in text
     assert "then give the same command again: bamboo-md run x.yaml" in text
     assert text.index("2 of 3 properties") < text.index("finished") < text.index("Model toy")
