@@ -94,7 +94,7 @@ def outlook(config: RunConfig, box: Realisation, *, seconds_per_step: float) -> 
             found[name] = Outlook(None, None, objection or "there is no stage that gives it")
             continue
         index, stage = stage_found
-        planned = stage.time / PICOSECOND
+        planned = round(stage.time / PICOSECOND, 6)
         needed = needed_ps(name, ions=ions, replicas=config.build.replicas)
         each = " in each replica" if config.build.replicas > 1 else ""
         where = f"{format_time(planned)} of {protocol.stage_name(index, stage)}{each}"
@@ -108,7 +108,7 @@ def outlook(config: RunConfig, box: Realisation, *, seconds_per_step: float) -> 
             half = NORMAL_95 * PRECISION.get(name, ORDINARY_PRECISION) * (needed / planned) ** 0.5
             text = f"{where} should give it to about ± {100.0 * half:.2g} % (95 %)"
         if name == "conductivity" and cations < FEWEST_ION_PAIRS:
-            text += f"; {cations} cations in the box, some {FEWEST_ION_PAIRS} wanted"
+            text += f"; {cations} cation{'s' if cations != 1 else ''} in the box, some {FEWEST_ION_PAIRS} wanted"
         found[name] = Outlook(planned, needed, text)
     return found
 

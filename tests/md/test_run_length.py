@@ -41,6 +41,8 @@ def test_every_property_is_told_what_its_stage_can_give(tmp_path: Path) -> None:
     assert found["dielectric"] == "it is that of a liquid without ions"
     longer = outlooks(configured(tmp_path, SALTY + STAGES.replace("1 ps", "100 ps")))
     assert longer["viscosity"].startswith("100 ps of 03-nvt may not be enough; some 2 ns needed")
+    exact = outlooks(configured(tmp_path, SALTY + STAGES.replace("1 ps", "2 ns")))
+    assert exact["viscosity"] == "2 ns of 03-nvt should give it to about ± 20 % (95 %)"
     solvent = outlooks(configured(tmp_path, "electrolyte: DMC\n" + STAGES))
     assert solvent["conductivity"] == solvent["coordination"] == "there are no ions"
     assert "some 1 ns needed" in solvent["viscosity"]
