@@ -74,8 +74,8 @@ def integrated_autocorrelation_time(series: ArrayLike) -> tuple[float, int]:
     """Return (tau, W) in samples: tau = 1/2 + sum_{t=1..W} rho(t) with the smallest self-consistent W >= 5 tau.
 
     Or that of block averages m of length b, where it is larger: 2 tau var(x) / n is the variance of the mean, and so
-    tau = tau_m b var(m) / var(x). At least 1/2: anticorrelation is not trusted to improve
-    an error bar. A constant has tau 1/2.
+    tau = tau_m b var(m) / var(x). At least 1/2: anticorrelation is not trusted to improve an error bar. A constant has
+    tau 1/2.
     """
     x = _replicas(series)
     fine = _windowed_time(x)
