@@ -4,9 +4,10 @@ Each round simulates every liquid at its measured density (NVT), from where the 
 loses its excess pressure within 20 ps or more, so the first rounds are coarse. It takes the mean of the molecular
 pressure, which has the mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model
 so that its molecular pressure shifts by P_exp - P_sim, less noise (``wanted_shift``, ``bamboo/learn/align.py``).
-It ends when every density error is below the tolerance or the rounds are used up. Then the liquids are simulated with
-the aligned model at constant pressure, where the density is an answer and no estimate; where neither is within the
-tolerance, it fails with the table. Liquids that only test are simulated likewise. The densities of the parent are
+The rounds end when every density error is below the tolerance or they are used up. Then the liquids are simulated at
+constant pressure, where the density is an answer and no estimate. Where neither is within the tolerance, what is left
+is one more measurement of the excess pressure: up to ``REFINEMENTS`` times the model is corrected by it and simulated
+again, before it fails with the table. Liquids that only test are simulated likewise. The densities of the parent are
 estimated from its pressures, as in the rounds.
 
 All work lies in a folder named after the output: the same command again continues, and started more than once at the
@@ -50,6 +51,7 @@ STIFFENING = 10.0  # dK/dP of organic liquids, 1/C - 1 of Tait's C = 0.087 (Dymo
 FREE = {"output", "parent", "rounds", "tolerance", "align", "test", "table", "species", "description", "caveat"}
 RESPONSE = 0.7  # of a shift that is left when the liquid has answered; 0.45 to 0.7 by linear response, -cov(P, dU)/kT
 UNSURE = 0.5  # of a correction: liquids answered 1800 to 7800 bar with 67 to 98 %, some 500 bar with far less
+REFINEMENTS = 2  # most corrections by what is simulated at constant pressure
 MEASURED = "measured.json"
 BROKEN = 0.25  # a density error this large, relative, is an error of input or a broken model
 
@@ -69,6 +71,10 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
     quantum = load_frames(config.data, max_force=20.0, say=say)
     history: list[list[dict[str, Any]]] = []
     model = source
+
+    def shifts_wanted() -> list[float]:
+        return [wanted_shift(rounds) for rounds in zip(*history, strict=True)]
+
     for number in range(config.rounds):
         folder = work / f"round-{number:02d}"
         rows = measure_all(
@@ -84,25 +90,33 @@ def align(config: AlignConfig, *, say: Say = print) -> dict[str, Any]:
         say(f"round {number}, {model.name}\n{measurement_table(rows)}")
         if _within(config, rows):
             break
-        shifts = [wanted_shift([before[k] for before in history]) for k in range(len(rows))]
-        model = _corrected(model, rows, shifts, folder, config=config, quantum=quantum, say=say)
+        model = _corrected(model, rows, shifts_wanted(), folder, config=config, quantum=quantum, say=say)
     common: dict[str, Any] = {"config": config, "seed": config.seed + 500, "say": say}
 
     def estimated(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
         return measure_all(parent, rows, work / f"pressure-{file_sha256(parent)[:12]}", **common)
 
-    def simulated(rows: Sequence[Measurement], after: Path) -> list[dict[str, Any]]:
-        place = work / f"density-{file_sha256(model)[:12]}"  # nothing is taken for the result of another model
-        return measure_all(model, rows, place, act=measure_density, after=after, **common)
+    def density_folder() -> Path:
+        return work / f"density-{file_sha256(model)[:12]}"  # nothing is taken for the result of another model
 
-    aligned = {"after": simulated(config.aligned_rows(), folder)}
-    say(f"at constant pressure, {model.name}\n{measurement_table(aligned['after'])}")
-    if not _within(config, history[-1]) and not _within(config, aligned["after"]):
-        raise ConvergenceError(_failure(config, [*history, aligned["after"]]))
+    def simulated(rows: Sequence[Measurement], after: Path) -> list[dict[str, Any]]:
+        return measure_all(model, rows, density_folder(), act=measure_density, after=after, **common)
+
+    settled, n_rounds = _within(config, rows), len(history) - _within(config, rows)
+    for left in reversed(range(REFINEMENTS + 1)):
+        after, folder = simulated(config.aligned_rows(), folder), density_folder()
+        history.append(after)
+        say(f"at constant pressure, {model.name}\n{measurement_table(after)}")
+        if settled or _within(config, after):
+            break
+        if not left:
+            raise ConvergenceError(_failure(config, history))
+        model = _corrected(model, after, shifts_wanted(), folder, config=config, quantum=quantum, say=say)
+        n_rounds += 1
+    aligned = {"after": after}
     aligned["before"] = history[0] if parent == source else estimated(config.aligned_rows())
     tests = {"before": estimated(config.test_rows())}
     tests["after"] = simulated(config.test_rows(), work / f"pressure-{file_sha256(parent)[:12]}")
-    n_rounds = len(history) - _within(config, history[-1])
     return _report(config, parent, model, n_rounds=n_rounds, aligned=aligned, tests=tests, quantum=quantum, say=say)
 
 
@@ -196,21 +210,25 @@ def measure_density(
     """Simulate one liquid at constant pressure, from where it was in another folder; return its density's error."""
     evaluator = Evaluator(checkpoint.load(model), device=best_device())
     box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3, str(after))
-    settle = SETTLED * config.equilibrate / units.PICOSECOND
+    settle, time = SETTLED * config.equilibrate / units.PICOSECOND, config.time / units.PICOSECOND
     pressure = row.pressure / units.BAR
     stages = [
         Stage("equilibrate", settle),
         Stage("expand", settle, pressure),
-        Stage("sample", config.time / units.PICOSECOND, pressure),
+        Stage("sample", time, pressure, frame_ps=time / config.frames),
     ]
     simulate(box, stages, evaluator, folder)
     series = ThermoSeries.read(folder / "sample" / "thermo.h5").density_g_cm3[:, 0]
     density, drifts = equilibrated_mean(series)
+    error, kappa = density.value - row.density_g_cm3, config.compressibility * units.BAR
+    middle, *around = (strain(row.density_g_cm3, error + k * density.sigma) / kappa for k in (0.0, 1.0, -1.0))
     return {
         "name": row.name,
         "density_measured": row.density_g_cm3,
         "pressure_measured": pressure,
-        "density_error": density.value - row.density_g_cm3,
+        "excess_bar": middle,
+        "pressure_sigma_bar": (around[1] - around[0]) / 2.0,
+        "density_error": error,
         "density_stderr": density.stderr,
         "how": "at constant pressure",
         "drifts": drifts,
@@ -256,6 +274,13 @@ def density_error(density: float, strain: float) -> float:
     if strain < 0.0:
         return -density * strain
     return density * math.expm1(-math.log1p(STIFFENING * strain) / STIFFENING)
+
+
+def strain(density: float, error: float) -> float:
+    """Return kappa P_excess at the density, where the liquid at rest is off by ``error``: ``density_error`` solved."""
+    if error > 0.0:
+        return -error / density
+    return math.expm1(-STIFFENING * math.log1p(error / density)) / STIFFENING
 
 
 def _corrected(

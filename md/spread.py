@@ -1,12 +1,20 @@
 """``bamboo-md spread config.yaml``: how far models that should agree are apart in liquids.
 
-Groups of models, such as teachers of different seeds and the students of different teachers, simulate the same liquids
-from the same boxes. For each group: the standard deviation over its models of the pressure at the measured density, of
-the density, and of the distance of Li+ from its first shell; and how often a guard stops a hot liquid.
+Groups of models, such as teachers of different seeds and the students of different teachers, simulate the same liquids.
+What differs between liquids that were packed apart is far larger than what differs between models, and lasts longer
+than a run. So a reference model prepares every liquid once, at its measured density, and takes ``starts`` from it, some
+picoseconds apart; every model goes on from each of them with the same velocities: at constant volume, then at constant
+pressure. For each group: the standard deviation over its models of the pressure at the measured density, on the starts
+themselves and in the model's own dynamics, of the density, and of the distance of Li+ from its first shell; and how
+often a guard stops a hot liquid.
 
-What sampling adds to the variance over models is subtracted: sigma^2 = sum_k (x_k - <x>)^2 / (n - 1) - <s_k^2>, with
-the standard error s_k of x_k, not widened for readers. Variances are averaged over liquids before the root is taken;
-where sampling explains all of it, sigma is 0.
+With x_mk of model m from start k (n models, K starts), the mean over models of each start is taken off, and with it
+what the starts share. Two-way analysis of variance without replication (Fisher) tells models from chance:
+
+    d_mk = x_mk - <x_k>,   sigma^2 = sum_m d_m^2 / (n - 1) - s^2,   s^2 = sum_mk (d_mk - d_m)^2 / ((n - 1) (K - 1) K)
+
+with d_m the mean over starts. Variances are averaged over liquids before the root is taken; where chance explains all
+of it, sigma is 0.
 
 All work lies in the folder ``output``: the same command again continues, and started more than once at the same time
 its processes share the work.
@@ -25,8 +33,10 @@ from bamboo import checkpoint, units
 from bamboo.errors import GuardError
 from bamboo.evaluator import Evaluator, best_device
 from bamboo.files import file_sha256, write_json
-from md.analysis.statistics import equilibrated_mean
+from bamboo.learn.align import molecular_pressure
+from bamboo.system import System
 from md.analysis.structure import pair_distances
+from md.boxes import read_atoms
 from md.config import Molecules
 from md.liquid import Box, Stage, accept_settings, box_name, share, simulate
 from md.measurements import Measurement, problems
@@ -36,11 +46,12 @@ from md.yaml_model import Problem, load_yaml
 
 Say = Callable[[str], None]
 Task = tuple[str, str, int]  # "liquid" or "hot", model, number of the liquid
-RESULT = "result.json"
+RESULT, READY = "result.json", "ready.json"
+APART_PS = 4.0  # between starts
 FRAME_PS = 0.1
 SHELL = 2.8  # Å; the first minimum of g(r) of O around Li+ in carbonates lies between 2.5 and 3
 MOST_TRIPS = 10  # of one model in one liquid: it need not be shown to break more often
-QUANTITIES = {"pressure_bar": "bar", "density_g_cm3": "g/cm3", "shell_A": "Å"}
+QUANTITIES = {"pressure_on_starts_bar": "bar", "pressure_bar": "bar", "density_g_cm3": "g/cm3", "shell_A": "Å"}
 
 
 class SpreadConfig(BaseModel):
@@ -48,8 +59,10 @@ class SpreadConfig(BaseModel):
 
     groups     name -> model files; four of a group give a standard deviation that is itself known to 40 %
     liquids    measured liquids with a density: rows as in a table of measurements
-    atoms, equilibrate, time   size of a box; then constant volume at the measured density, then constant pressure: of
-               each, ``equilibrate`` is not looked at and ``time`` is
+    reference  model that prepares the starts, best one whose liquids have the measured densities
+    atoms, equilibrate, starts   size of a box; how long the reference runs before the first start; number of starts
+    settle, expand, time   from each start: ``settle`` at constant volume, then ``time``, in which pressure and shell
+               are looked at; ``expand`` at constant pressure, then ``time`` for the density
     hot_temperature, hot_time  every model keeps every liquid at this temperature and the measured density for this
                time in all; stopped by a guard, it begins again with another seed
     output     folder of all work and of report.json
@@ -61,9 +74,13 @@ class SpreadConfig(BaseModel):
     groups: Annotated[dict[str, Annotated[tuple[Path, ...], Field(min_length=2)]], Field(min_length=1)]
     liquids: Annotated[tuple[Measurement, ...], Field(min_length=1)]
     output: Path
+    reference: str = "default"
     atoms: Annotated[int, Field(ge=20, le=100_000)] = 300
-    equilibrate: Duration = 20.0 * units.PICOSECOND
-    time: Duration = 20.0 * units.PICOSECOND
+    equilibrate: Duration = 25.0 * units.PICOSECOND
+    starts: Annotated[int, Field(ge=2, le=100)] = 4
+    settle: Duration = 1.0 * units.PICOSECOND
+    expand: Duration = 8.0 * units.PICOSECOND
+    time: Duration = 2.0 * units.PICOSECOND
     hot_temperature: Temperature = 450.0
     hot_time: Duration = 200.0 * units.PICOSECOND
     seed: Annotated[int, Field(ge=0, le=10**6)] = 1
@@ -88,8 +105,17 @@ def _checks(config: SpreadConfig) -> list[Problem]:
 def spread(config: SpreadConfig, *, say: Say = print) -> dict[str, Any]:
     """Simulate what is not simulated yet and return the report, also written to the output folder."""
     models = {path.stem: path for paths in config.groups.values() for path in paths}
+    reference = checkpoint.resolve(config.reference)
     settings = config.model_dump(mode="json", exclude={"output"})
-    accept_settings(config.output, settings | {"sha256": {name: file_sha256(path) for name, path in models.items()}})
+    known = {name: file_sha256(path) for name, path in models.items()} | {"its reference": file_sha256(reference)}
+    accept_settings(config.output, settings | {"sha256": known})
+    prepared = [_start(config, number, config.starts - 1) / "restart" for number in range(len(config.liquids))]
+
+    def prepare(number: int) -> None:
+        make_starts(reference, config.liquids[number], number, config=config, say=say)
+        write_json(prepared[number] / READY, config.starts)
+
+    share([folder / READY for folder in prepared], prepare)
     tasks = [
         (kind, name, number) for kind in ("liquid", "hot") for number in range(len(config.liquids)) for name in models
     ]
@@ -98,7 +124,7 @@ def spread(config: SpreadConfig, *, say: Say = print) -> dict[str, Any]:
     def compute(index: int) -> None:
         kind, name, number = tasks[index]
         row, act = config.liquids[number], measure if kind == "liquid" else heat
-        found = act(models[name], row, places[index].parent, config=config, seed=config.seed + 100 * number)
+        found = act(models[name], row, places[index].parent, config=config, number=number)
         write_json(places[index], found)
         say(f"{sum(place.exists() for place in places)} of {len(tasks)}: {name}, {row.name}: {_told(found)}")
 
@@ -110,32 +136,52 @@ def spread(config: SpreadConfig, *, say: Say = print) -> dict[str, Any]:
     return report
 
 
-def measure(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, seed: int) -> dict[str, Any]:
-    """Return mean and standard error of what is compared, of one model in one liquid; or why a guard stopped it."""
-    box = Box(row.electrolyte, row.temperature, config.atoms, seed, row.density_g_cm3)
-    skip, time = config.equilibrate / units.PICOSECOND, config.time / units.PICOSECOND
+def make_starts(reference: Path, row: Measurement, number: int, *, config: SpreadConfig, say: Say) -> None:
+    """Simulate a liquid with the reference; each start goes on from the one before."""
+    evaluator = Evaluator(checkpoint.load(reference), device=best_device())
+    for k in range(config.starts):
+        after = str(_start(config, number, k - 1)) if k else None
+        box = Box(row.electrolyte, row.temperature, config.atoms, _seed(config, number, k), row.density_g_cm3, after)
+        time = APART_PS if k else config.equilibrate / units.PICOSECOND
+        simulate(box, [Stage("equilibrate", time)], evaluator, _start(config, number, k))
+        say(f"{row.name}: start {k + 1} of {config.starts}")
+
+
+def measure(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, number: int) -> dict[str, Any]:
+    """Return what is compared, of one model in one liquid, a number for each start; or why a guard stopped it."""
+    settle, expand, time = (t / units.PICOSECOND for t in (config.settle, config.expand, config.time))
+    pressure = row.pressure / units.BAR
     stages = [
-        Stage("settle", skip),
-        Stage("nvt", time, frame_ps=FRAME_PS),
-        Stage("expand", skip, pressure_bar=row.pressure / units.BAR),
-        Stage("npt", time, pressure_bar=row.pressure / units.BAR),
+        Stage("settle", settle),
+        Stage("nvt", time, frame_ps=min(FRAME_PS, time)),
+        Stage("expand", expand, pressure),
+        Stage("npt", time, pressure),
     ]
-    try:
-        simulate(box, stages, Evaluator(checkpoint.load(model), device=best_device()), folder)
-    except GuardError as error:
-        return {"stopped": str(error).splitlines()[0]}
-    pressure = ThermoSeries.read(folder / "nvt" / "molecular" / "thermo.h5").pressure
-    series = {
-        "pressure_bar": np.trace(pressure, axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR,
-        "density_g_cm3": ThermoSeries.read(folder / "npt" / "thermo.h5").density_g_cm3[:, 0],
-    }
-    shell = shell_distances(Trajectory.read(folder / "nvt" / "traj.h5"))
-    if len(shell):
-        series["shell_A"] = shell
-    found = {name: equilibrated_mean(values) for name, values in series.items()}
-    return {
-        name: {"value": mean.value, "sigma": mean.sigma, "drifts": drifts} for name, (mean, drifts) in found.items()
-    }
+    force_field = checkpoint.load(model)
+    evaluator, found = Evaluator(force_field, device=best_device()), dict[str, list[float]]()
+    for k in range(config.starts):
+        place, start = folder / f"{k:02d}", _start(config, number, k)
+        box = Box(
+            row.electrolyte, row.temperature, config.atoms, _seed(config, number, k), row.density_g_cm3, str(start)
+        )
+        try:
+            simulate(box, stages, evaluator, place)
+        except GuardError as error:
+            return {"stopped": str(error).splitlines()[0]}
+        virial = ThermoSeries.read(place / "nvt" / "molecular" / "thermo.h5").pressure
+        values = {
+            "pressure_on_starts_bar": molecular_pressure(
+                force_field, [System.from_atoms(read_atoms(place / "start.extxyz"))]
+            ),
+            "pressure_bar": np.trace(virial, axis1=-2, axis2=-1)[:, 0] / 3.0,
+            "density_g_cm3": ThermoSeries.read(place / "npt" / "thermo.h5").density_g_cm3[:, 0],
+            "shell_A": shell_distances(Trajectory.read(place / "nvt" / "traj.h5")),
+        }
+        for name, series in values.items():
+            if len(series):
+                unit = units.BAR if QUANTITIES[name] == "bar" else 1.0
+                found.setdefault(name, []).append(float(series.mean()) / unit)
+    return found
 
 
 def shell_distances(trajectory: Trajectory) -> np.ndarray:
@@ -151,13 +197,14 @@ def shell_distances(trajectory: Trajectory) -> np.ndarray:
     return np.array([found.mean() for found in distances if len(found)])
 
 
-def heat(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, seed: int) -> dict[str, Any]:
+def heat(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, number: int) -> dict[str, Any]:
     """Return how often a guard stopped the hot liquid, why, and how long it ran in all [ps]."""
     left, trips = config.hot_time / units.PICOSECOND / len(config.liquids), list[str]()
     evaluator, ran = Evaluator(checkpoint.load(model), device=best_device()), 0.0
     while left > 0.0 and len(trips) < MOST_TRIPS:
-        attempt = folder / f"{len(trips):02d}"
-        box = Box(row.electrolyte, config.hot_temperature, config.atoms, seed + len(trips), row.density_g_cm3)
+        attempt, seed = folder / f"{len(trips):02d}", _seed(config, number, len(trips))
+        start = str(_start(config, number, len(trips) % config.starts))
+        box = Box(row.electrolyte, config.hot_temperature, config.atoms, seed, row.density_g_cm3, start)
         try:
             simulate(box, [Stage("hot", left)], evaluator, attempt)
             lasted = left
@@ -169,15 +216,18 @@ def heat(model: Path, row: Measurement, folder: Path, *, config: SpreadConfig, s
     return {"trips": len(trips), "ran_ps": ran, "reasons": trips}
 
 
-def standard_deviation(means: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the standard deviation of means ("value", "sigma") less what sampling adds, "spread"; and that.
+def standard_deviation(values: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the standard deviation over models of values, (n_models, n_starts), less what chance adds: "spread".
 
-    variance = sum_k (x_k - <x>)^2 / (n - 1) - sampling^2, below 0 by chance;  sampling^2 = <sigma_k^2>
-    spread = sqrt(variance), at least 0
+    variance = sum_m d_m^2 / (n - 1) - chance^2, below 0 by chance;  spread = sqrt(variance), at least 0
+    chance^2 = sum_mk (d_mk - d_m)^2 / ((n - 1) (K - 1) K), the variance of the mean of one model over starts
     """
-    sampling = float(np.mean([mean["sigma"] ** 2 for mean in means]))
-    variance = float(np.var([mean["value"] for mean in means], ddof=1)) - sampling
-    return {"spread": math.sqrt(max(variance, 0.0)), "variance": variance, "sampling": math.sqrt(sampling)}
+    deviations = np.asarray(values) - np.mean(values, axis=0)
+    n_models, n_starts = deviations.shape
+    means = deviations.mean(axis=1)
+    rest = float(((deviations - means[:, None]) ** 2).sum()) / ((n_models - 1) * (n_starts - 1) * n_starts)
+    variance = float((means**2).sum()) / (n_models - 1) - rest
+    return {"spread": math.sqrt(max(variance, 0.0)), "variance": variance, "chance": math.sqrt(rest)}
 
 
 def _report(config: SpreadConfig, results: Mapping[Task, Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,13 +252,6 @@ def _report(config: SpreadConfig, results: Mapping[Task, Mapping[str, Any]]) -> 
                 for key in QUANTITIES
                 if any(key in each for each in liquids.values())
             },
-            "drifting": sum(
-                one[key]["drifts"]
-                for each in liquids.values()
-                for one in each["models"].values()
-                for key in QUANTITIES
-                if key in one
-            ),
             "trips": {name: sum(run["trips"] for run in runs) for name, runs in hot.items()},
             "hot_ps": {name: sum(run["ran_ps"] for run in runs) for name, runs in hot.items()},
             "hot": hot,
@@ -221,16 +264,12 @@ def spread_table(report: Mapping[str, Any]) -> str:
     lines = [f"{'group':<12}{'liquid':<44}" + "".join(f"{f'{name}, {unit}':>24}" for name, unit in QUANTITIES.items())]
     for group, known in report["groups"].items():
         for liquid, found in known["liquids"].items():
-            cells = [
-                f"{found[k]['spread']:.4g} ({found[k]['sampling']:.2g})" if k in found else "-" for k in QUANTITIES
-            ]
+            cells = [f"{found[k]['spread']:.4g} ({found[k]['chance']:.2g})" if k in found else "-" for k in QUANTITIES]
             lines.append(f"{group:<12}{liquid:<44}" + "".join(f"{cell:>24}" for cell in cells))
         cells = [f"{known['spread'][name]:.4g}" if name in known["spread"] else "-" for name in QUANTITIES]
         lines.append(f"{group:<12}{'root mean square over liquids':<44}" + "".join(f"{cell:>24}" for cell in cells))
-    lines.append("(standard deviation over models; in brackets the standard error of one, which is already left out)")
+    lines.append("(standard deviation over models; in brackets what chance would make of it, which is left out)")
     for group, known in report["groups"].items():
-        if known["drifting"]:
-            lines.append(f"{group}: {known['drifting']} series still drifted, half of each was taken")
         ran = sum(known["hot_ps"].values())
         trips = ", ".join(f"{name} {count}" for name, count in known["trips"].items())
         lines.append(f"{group}: guards tripped at {report['hot_temperature_K']:g} K in {ran:.0f} ps: {trips}")
@@ -241,12 +280,17 @@ def _place(config: SpreadConfig, kind: str, name: str, number: int) -> Path:
     return config.output / kind / name / box_name(number, config.liquids[number].name)
 
 
+def _start(config: SpreadConfig, number: int, k: int) -> Path:
+    return config.output / "start" / box_name(number, config.liquids[number].name) / f"{k:02d}"
+
+
+def _seed(config: SpreadConfig, number: int, k: int) -> int:
+    """Return the seed of velocities and noise, which all models share."""
+    return config.seed + 100 * number + k
+
+
 def _told(found: Mapping[str, Any]) -> str:
     if "trips" in found:
         return f"{found['trips']} guards tripped in {found['ran_ps']:.3g} ps"
-    means = {
-        name: f"{found[name]['value']:.4g} ± {found[name]['sigma']:.2g} {unit}"
-        for name, unit in QUANTITIES.items()
-        if name in found
-    }
+    means = {name: f"{np.mean(found[name]):.4g} {unit}" for name, unit in QUANTITIES.items() if name in found}
     return found.get("stopped") or ", ".join(f"{name} {text}" for name, text in means.items())

@@ -15,6 +15,7 @@ import pytest
 import md.liquid
 import md.spread
 from bamboo.errors import GuardError, InputError
+from bamboo.units import BAR
 from md.spread import load_spread_config, shell_distances, spread, spread_table, standard_deviation
 from md.topology import Topology
 from md.trajectory import ThermoSeries
@@ -27,9 +28,13 @@ groups:
 liquids:
 - {{electrolyte: argon, temperature: 340 K, pressure: 2000 bar, density: 0.9 g/cm3, source: a toy}}
 output: {folder}/spread
+reference: {folder}/w0.safetensors
 atoms: 24
 equilibrate: 100 fs
-time: 1 ps
+starts: 3
+settle: 50 fs
+expand: 50 fs
+time: 300 fs
 hot_time: 200 fs
 """
 
@@ -50,17 +55,26 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argon_model: Callable[.
 def test_models_whose_networks_are_weak_agree_and_others_do_not(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a tenth of the strength the networks of two seeds hardly change argon; what remains is sampling."""
+    """At a tenth of the strength the networks of two seeds hardly change argon; what remains is chance."""
     said: list[str] = []
     report = spread(load_spread_config(toy), say=said.append)
     (weak,), (strong,) = (report["groups"][name]["liquids"].values() for name in ("weak", "strong"))
-    assert strong["pressure_bar"]["spread"] > 1.5 * strong["pressure_bar"]["sampling"]
-    assert strong["pressure_bar"]["spread"] > 3.0 * weak["pressure_bar"]["spread"]
+    for pressure in ("pressure_bar", "pressure_on_starts_bar"):
+        assert strong[pressure]["spread"] > 1.5 * strong[pressure]["chance"]
+        assert strong[pressure]["spread"] > 5.0 * weak[pressure]["spread"]
     assert report["groups"]["strong"]["spread"]["pressure_bar"] == strong["pressure_bar"]["spread"]  # of one liquid
-    series = ThermoSeries.read(tmp_path / "spread/liquid/s0/00-argon-340-K/nvt/molecular/thermo.h5")
-    mean, stderr = (strong["models"]["s0"]["pressure_bar"][name] for name in ("value", "sigma"))
-    whole = np.trace(series.pressure, axis1=-2, axis2=-1).mean() / 3.0 / md.spread.units.BAR
-    assert abs(mean - whole) < 5.0 * stderr  # the part that is taken as equilibrated
+    folder = tmp_path / "spread/liquid/s0/00-argon-340-K"
+    known = strong["models"]["s0"]
+    for k in range(3):
+        virial = ThermoSeries.read(folder / f"0{k}/nvt/molecular/thermo.h5").pressure
+        assert known["pressure_bar"][k] == pytest.approx(np.trace(virial, axis1=-2, axis2=-1).mean() / 3.0 / BAR)
+        density = ThermoSeries.read(folder / f"0{k}/npt/thermo.h5").density_g_cm3
+        assert known["density_g_cm3"][k] == pytest.approx(density.mean())
+    starts = [
+        [(tmp_path / f"spread/liquid/{name}/00-argon-340-K/0{k}/start.extxyz").read_text() for k in range(3)]
+        for name in ("w0", "w1", "s0", "s1")
+    ]
+    assert starts[0] == starts[1] == starts[2] == starts[3] and len(set(starts[0])) == 3
     assert report["groups"]["weak"]["hot_ps"] == {"w0": pytest.approx(0.2), "w1": pytest.approx(0.2)}
     assert "s1 0" in said[-1] and "root mean square over liquids" in said[-1]
 
@@ -76,6 +90,8 @@ def test_trips_are_counted_and_the_time_is_used_up(toy: Path, monkeypatch: pytes
     original, seeds = md.liquid.simulate, list[int]()
 
     def breaks(box: Any, stages: Any, *rest: Any) -> None:
+        if stages[0].name == "equilibrate":
+            return original(box, stages, *rest)
         if stages[0].name != "hot":
             raise GuardError("liquid stopped: broken\nsaved here")
         seeds.append(box.seed)
@@ -94,17 +110,21 @@ def test_trips_are_counted_and_the_time_is_used_up(toy: Path, monkeypatch: pytes
     assert report["groups"]["weak"]["spread"] == {} and "w0 3" in spread_table(report)
 
 
-def test_sampling_is_taken_out_of_the_standard_deviation() -> None:
-    """Groups of four that scatter by 2 and are each known to 1.5: on average the variance is 4, not 6.25."""
+def test_chance_is_taken_out_of_the_standard_deviation() -> None:
+    """Models that scatter by 2, from four starts that share noise of 10 and add noise of 3: the variance is 4."""
     generator = np.random.default_rng(3)
-    values = generator.normal(scale=2.0, size=(4000, 4)) + generator.normal(scale=1.5, size=(4000, 4))
-    found = [standard_deviation([{"value": value, "sigma": 1.5} for value in group]) for group in values]
+    values = (
+        generator.normal(scale=2.0, size=(4000, 4, 1))
+        + generator.normal(scale=10.0, size=(4000, 1, 4))
+        + generator.normal(scale=3.0, size=(4000, 4, 4))
+    )
+    found = [standard_deviation(group) for group in values]
     assert np.mean([each["variance"] for each in found]) == pytest.approx(4.0, rel=0.05)
+    assert np.mean([each["chance"] ** 2 for each in found]) == pytest.approx(9.0 / 4.0, rel=0.02)
     spreads = np.array([each["spread"] for each in found])
     assert np.mean(spreads**2) == pytest.approx(4.0, rel=0.1)  # a little more: what would be negative is 0
-    assert found[0]["sampling"] == 1.5
-    same = standard_deviation([{"value": x, "sigma": 0.5} for x in (1.0, 1.1)])
-    assert same["spread"] == 0.0 and same["variance"] == pytest.approx(0.005 - 0.25)
+    same = standard_deviation([[1.0, 2.1], [1.1, 2.0]])
+    assert same["spread"] == 0.0 and same["variance"] == pytest.approx(-0.005)
 
 
 def test_shell_of_lithium_is_the_mean_of_its_near_oxygens() -> None:
