@@ -306,7 +306,7 @@ def _corrected(
         corrected = shift_pressures(
             force_field,
             liquids,
-            clusters=[frame.system for frame in anchors(quantum, config.clusters, seed=config.seed)],
+            clusters=anchors(quantum, config.clusters, seed=config.seed),
             trained=config.trained,
             weights=LossWeights(**config.weights.model_dump()),
             config=LoopConfig(seed=config.seed, **config.loop.model_dump()),
@@ -331,7 +331,7 @@ def _spread_out(systems: Sequence[System], count: int) -> list[System]:
 
 
 def anchors(quantum: Sequence[Frame], count: int, *, seed: int) -> list[Frame]:
-    """Return up to ``count`` frames of the training part, at random, that shall stay as they are."""
+    """Return up to ``count`` frames of the training part, at random, which hold the model to their labels."""
     known = [frame for frame in quantum if frame.split == "train"]
     if not known:
         raise InputError("`data` holds no frames for training; they keep the model in place.")

@@ -10,14 +10,16 @@ V s on the diagonal. The whole W is not the thing to shift: stiffer bonds could 
 simulation would give it back as they relax. Neither is a sum over edges between molecules needed (the published
 choice): W_mol follows from forces and virial, holds whatever many-body terms there are, and is exact.
 
-The loss. With the present model's own predictions as labels (index 0), over frames of the liquids and clusters
+The loss. Over frames of the liquids, with the present model's own predictions as labels (index 0), and over clusters,
+with what quantum chemistry says of them,
 
     L = w_P H((W_mol - W_mol,0 - V s 1) / sqrt(n)) + w_F H(F - F_0) + w_E H((E - E_0) / sqrt(n)) + w_q H(q - q_0) + ...
 
-(H and the averages of ``learn/losses.py``; the first term for liquids only). All but the wanted shift is zero at the
-start, also its gradient (the sum of raw charges, which is not, has no weight here): nothing moves that the pressure
-does not ask for, and errors to quantum labels stay what they were. For s = 0 the minimum is the present model, which is
-returned as it is. The liquid answers the shift by moving, so measure again and repeat (``md/align.py``).
+(H and the averages of ``learn/losses.py``; the first term for liquids only). In a liquid nothing moves that the
+pressure does not ask for, and among the ways to shift it the clusters choose the one that is nearest to the truth: with
+the model's own predictions as their labels too, errors of clusters added up from round to round (docs/alignment.md).
+For s = 0 the present model is returned as it is. The liquid answers the shift by moving, so measure again and repeat
+(``md/align.py``).
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +36,7 @@ from bamboo.errors import InputError
 from bamboo.forcefield import ForceField
 from bamboo.learn.fit import choose_trained
 from bamboo.learn.loop import Loop, LoopConfig, Progress
-from bamboo.learn.losses import LossWeights, molecular_forces, molecular_virial
+from bamboo.learn.losses import LossWeights, molecular_virial
 from bamboo.learn.samples import make_sample, unpack
 from bamboo.quantum.dataset import Frame
 from bamboo.quantum.labels import Labels
@@ -59,26 +61,24 @@ def arms(system: System) -> np.ndarray:
     return np.asarray(system.positions - centre[system.molecule])
 
 
-def anchored(force_field: ForceField, system: System, shift: float | None) -> Data:
-    """Return a sample whose labels are the model's own predictions; shift [eV/Å^3] is for liquids, None for others."""
+def shifted_sample(force_field: ForceField, system: System, shift: float) -> Data:
+    """Return a frame of a liquid whose labels are the model's own predictions, its pressure shifted [eV/Å^3]."""
     frame = Frame(system, Labels(level="own prediction", energy=0.0), "periodic", "liquid", "own")
     sample = Stack.from_data_list([make_sample(force_field, frame)])
     output = force_field(*unpack(sample), fixed_terms=False)
     sample = sample.to_data_list()[0]
     sample.energy, sample.forces, sample.charges = output.energy, output.forces, output.charges
-    if not system.pbc:
-        sample.dipole = output.dipole
-    sample.arms = torch.zeros(system.n_atoms, 3, dtype=torch.float64)
-    sample.molecular_virial = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
-    if shift is None:
-        sample.virial = output.virial if system.pbc else sample.virial
-        whole = molecular_forces(output, sample.molecule_index)
-        n_molecules = int(sample.molecule_index.max()) + 1
-        sample.molecular_forces[: n_molecules if n_molecules > 1 else 0] = whole[:n_molecules]
-        return sample
     sample.arms = torch.from_numpy(arms(system))
     own = molecular_virial(output, sample.arms, torch.zeros(system.n_atoms, dtype=torch.int64))
     sample.molecular_virial = own + system.volume * shift * torch.eye(3, dtype=torch.float64)
+    return sample
+
+
+def cluster_sample(force_field: ForceField, frame: Frame) -> Data:
+    """Return a labelled frame in a form that stacks with frames of liquids; its molecular virial has no label."""
+    sample = make_sample(force_field, frame)
+    sample.arms = torch.zeros(frame.system.n_atoms, 3, dtype=torch.float64)
+    sample.molecular_virial = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
     return sample
 
 
@@ -86,7 +86,7 @@ def shift_pressures(
     force_field: ForceField,
     liquids: Sequence[Liquid],
     *,
-    clusters: Sequence[System],
+    clusters: Sequence[Frame],
     trained: str,
     weights: LossWeights,
     config: LoopConfig,
@@ -95,7 +95,7 @@ def shift_pressures(
 ) -> ForceField:
     """Return the force field fine-tuned so that the pressure of each liquid shifts as wanted; see the module's text.
 
-    clusters    structures on which energies, forces, charges and dipoles shall stay
+    clusters    labelled frames, which keep energies, forces, charges and dipoles true
     trained     weights that may move: "energy_head" or "all"
     state_path  where the state of the optimisation is kept, so that a second call continues
 
@@ -104,8 +104,8 @@ def shift_pressures(
     if not any(liquid.shift for liquid in liquids):
         return force_field
     force_field = force_field.train()
-    samples = [anchored(force_field, system, liquid.shift) for liquid in liquids for system in liquid.systems]
-    samples += [anchored(force_field, system, None) for system in clusters]
+    samples = [shifted_sample(force_field, system, liquid.shift) for liquid in liquids for system in liquid.systems]
+    samples += [cluster_sample(force_field, frame) for frame in clusters]
     choose_trained(force_field, trained)
     loop = Loop(force_field, samples, weights=weights, config=config, state_path=state_path)
     loop.run(listener)
@@ -116,6 +116,6 @@ def molecular_pressure(force_field: ForceField, systems: Sequence[System]) -> np
     """Return tr(W_mol) / (3 V) of each system, (n_systems,) eV/Å^3, without terms that are not trained."""
     pressures = []
     for system in systems:
-        virial = anchored(force_field, system, 0.0).molecular_virial[0]
+        virial = shifted_sample(force_field, system, 0.0).molecular_virial[0]
         pressures.append(float(virial.diagonal().sum()) / (3.0 * system.volume))
     return np.array(pressures)

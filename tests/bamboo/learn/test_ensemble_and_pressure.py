@@ -12,11 +12,11 @@ from torch_geometric.data import Batch as Stack
 from bamboo import units
 from bamboo.errors import InputError
 from bamboo.evaluator import Evaluator
-from bamboo.learn.align import Liquid, anchored, arms, molecular_pressure, shift_pressures
+from bamboo.learn.align import Liquid, arms, cluster_sample, molecular_pressure, shift_pressures, shifted_sample
 from bamboo.learn.ensemble import ensemble_labels, majority, put_on_one_zero, rms_spread
 from bamboo.learn.fit import TrainConfig, WeightsBlock, _check_labels, choose_trained, held_out_group
 from bamboo.learn.loop import LoopConfig
-from bamboo.learn.losses import LossWeights, loss_parts
+from bamboo.learn.losses import LossWeights, deviations, loss_parts
 from bamboo.learn.samples import make_sample, unpack
 from bamboo.quantum.dataset import Frame, trajectory_in
 from bamboo.quantum.labels import Labels
@@ -61,7 +61,7 @@ def test_molecular_pressure_is_the_derivative_by_the_volume_of_rigid_molecules(m
 def test_own_predictions_leave_only_the_shift_in_the_loss(make_force_field: Any) -> None:
     """At the start every part of the loss is zero but that of the pressure: H(V s / sqrt(n)) on a third of a tensor."""
     force_field, system = make_force_field("network"), water_box()
-    data = Stack.from_data_list([anchored(force_field, system, SHIFT)])
+    data = Stack.from_data_list([shifted_sample(force_field, system, SHIFT)])
     batch, neighbors = unpack(data)
     parts = loss_parts(force_field(batch, neighbors, fixed_terms=False), data, batch.atoms_per_system)
     expected = (system.volume * SHIFT) ** 2 / system.n_atoms / 3.0
@@ -70,25 +70,59 @@ def test_own_predictions_leave_only_the_shift_in_the_loss(make_force_field: Any)
     assert "virial" not in parts  # the atomic virial may follow the pressure
 
 
-def test_clusters_stay_where_the_model_had_them_molecule_by_molecule(make_force_field: Any) -> None:
-    """The anchors of several molecules carry the forces on each; a change of the model shows in them."""
+def test_labelled_clusters_stack_with_liquids_and_count_molecule_by_molecule(make_force_field: Any) -> None:
+    """In one batch with a liquid a cluster's labels give the same parts as alone; its virial has no say."""
     force_field = make_force_field()
-    box = water_box()
-    cluster = System(box.numbers, box.positions, np.zeros((3, 3)), False, 0.0, box.molecule)
-    data = Stack.from_data_list([anchored(force_field, cluster, None)])
-    batch, neighbors = unpack(data)
-    parts = loss_parts(force_field(batch, neighbors, fixed_terms=False), data, batch.atoms_per_system)
-    assert float(parts["molecular_forces"]) < 1e-18
+    cluster = labelled_cluster(force_field)
+    alone = Stack.from_data_list([make_sample(force_field, cluster)])
+    both = Stack.from_data_list([cluster_sample(force_field, cluster), shifted_sample(force_field, water_box(), 0.0)])
     with torch.no_grad():
         force_field.energy_head[-1].weight.mul_(1.1)
-    parts = loss_parts(force_field(batch, neighbors, fixed_terms=False), data, batch.atoms_per_system)
-    assert float(parts["molecular_forces"]) > 1e-12
+    found = []
+    for data in (alone, both):
+        batch, neighbors = unpack(data)
+        output = force_field(batch, neighbors, fixed_terms=False)
+        found.append(deviations(output, data, batch.atoms_per_system))
+    for name in ("forces", "molecular_forces", "energy", "charges"):
+        own = found[0][name]
+        assert own.abs().max() > 1e-9 or name == "charges"
+        torch.testing.assert_close(found[1][name].flatten()[: own.numel()], own.flatten(), rtol=1e-8, atol=1e-10)
+    assert found[1]["molecular_virial"].numel() == 9  # of the liquid alone
+
+
+def labelled_cluster(force_field: Any) -> Frame:
+    """Three waters labelled by the model itself."""
+    box = water_box(9)
+    system = System(box.numbers, box.positions, np.zeros((3, 3)), False, 0.0, box.molecule)
+    output = Evaluator(force_field).evaluate(Batch.from_systems([system]))
+    level = "ensemble of one"  # whose labels contain dispersion
+    labels = Labels(level, float(output.energy), forces=output.forces.numpy(), charges=output.charges.numpy())
+    return Frame(system, labels, "neutral", "dynamics", "own")
+
+
+def test_a_shift_mends_what_is_wrong_with_the_clusters(make_force_field: Any) -> None:
+    """The clusters are held to their labels, not to what the model said of them: a wrong model comes nearer to them."""
+    truth, wrong = make_force_field("network"), make_force_field("network")
+    cluster = labelled_cluster(truth)
+    with torch.no_grad():
+        wrong.energy_head[-1].weight.mul_(1.3)
+    off = np.abs(evaluated_forces(wrong, [cluster.system]) - cluster.labels.forces).max()
+    loop = LoopConfig(epochs=40, edges_per_batch=10**6, learning_rate=1.0e-3, weight_decay=0.0, ema_decay=0.9)
+    mended = shift_pressures(
+        wrong,
+        [Liquid([water_box()], SHIFT)],
+        clusters=[cluster],
+        trained="energy_head",
+        weights=LossWeights(forces=10.0),
+        config=loop,
+    )
+    assert np.abs(evaluated_forces(mended, [cluster.system]) - cluster.labels.forces).max() < 0.7 * off
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_pressure_shifts_as_asked_and_the_rest_stays(make_force_field: Any, sign: float) -> None:
     force_field = make_force_field("network")
-    systems, cluster = [water_box(seed) for seed in range(3)], replace(water_box(9), cell=np.zeros((3, 3)), pbc=False)
+    systems, cluster = [water_box(seed) for seed in range(3)], labelled_cluster(force_field)
     before, forces = molecular_pressure(force_field, systems), evaluated_forces(force_field, systems)
     charge_weights = [value.clone() for value in force_field.charge_head.parameters()]
     loop = LoopConfig(epochs=40, edges_per_batch=10**6, learning_rate=1.0e-3, weight_decay=0.0, ema_decay=0.9)
