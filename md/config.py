@@ -18,6 +18,7 @@ from bamboo.errors import InputError
 from bamboo.structure.molecules import IONS, SALTS, SOLVENTS, define, suggest_name
 from md.boxes import read_box
 from md.composition import Amount, Basis, Composition, parse_amount, parse_basis, parse_composition, ratio_note
+from md.engine.minimiser import LIQUID_FORCE
 from md.quantities import (
     COLDEST_LIQUID_K,
     MOST_SEVERAL,
@@ -110,7 +111,7 @@ class Minimise(_Block):
     kind: Literal["minimise"]
     name: str | None = None
     steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 200
-    force: Force = 0.5
+    force: Force = LIQUID_FORCE
 
 
 class _Dynamics(_Block):

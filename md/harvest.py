@@ -146,7 +146,7 @@ def _snapshots(
     """Relax, squeeze to the density while warming up, then yield snapshots; ``recent`` collects frames on the way."""
     evaluator = Evaluator(force_field)
     state = MDState.from_systems([system], temperature_K=temperature_K, seed=seed)
-    minimise(state, evaluator, max_steps=80, force_tolerance=0.5)
+    minimise(state, evaluator, max_steps=80)
     state.draw_momenta(temperature_K)
     integrator = Langevin(timestep_fs=0.5, temperature_K=temperature_K, thermostat_time_fs=50.0)
     guards: list[Guard] = [MaximumTemperature(temperature_K=temperature_K, factor=3.0), MinimumDistance(distance=0.6),

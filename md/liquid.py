@@ -261,7 +261,7 @@ def _prepared(box: Box, system: System, evaluator: Evaluator, folder: Path) -> M
     )
     state.masses = heavy_hydrogens(system).to(state.masses.device)
     if box.after is None:
-        minimise(state, evaluator, max_steps=100, force_tolerance=0.3)
+        minimise(state, evaluator, max_steps=100)
     state.draw_momenta(box.temperature_K)
     integrator = Langevin(timestep_fs=0.5, temperature_K=box.temperature_K, thermostat_time_fs=50.0)
     simulation = Simulation(state, evaluator, integrator=integrator, guards=guards(box, system), stage="warm-up")

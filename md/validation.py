@@ -101,7 +101,7 @@ def _prepare(
     system = pack_box(realised.counts, density_g_cm3=0.85 * realised.density_g_cm3, seed=seed)
     evaluator = Evaluator(checkpoint.load(model))
     state = MDState.from_systems([system], temperature_K=298.0, seed=seed)
-    minimise(state, evaluator, max_steps=100, force_tolerance=0.3)
+    minimise(state, evaluator, max_steps=100)
     state.draw_momenta(298.0)
     guards: list[Guard] = [
         MaximumTemperature(temperature_K=350.0),

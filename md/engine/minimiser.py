@@ -11,6 +11,9 @@ from md.engine.state import Evaluator, MDState
 FIRST_STEP, LARGEST_STEP = 0.1, 1.0
 PATIENCE, GROWTH, CUT = 5, 1.1, 0.5
 MIXING, MIXING_DECAY = 0.1, 0.99
+# eV/Å; the largest of a few hundred atoms of a liquid at room temperature is no smaller. Further downhill, ions that no
+# solvent screens yet crowd around each other: two Li+ drew one F out of PF6-
+LIQUID_FORCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ def minimise(
     evaluator: Evaluator,
     *,
     max_steps: int = 200,
-    force_tolerance: float = 0.05,
+    force_tolerance: float = LIQUID_FORCE,
     max_displacement: float = 0.1,
 ) -> Relaxation:
     """Move atoms downhill in fixed cells with FIRE until no force exceeds the tolerance, or max_steps are done.

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from bamboo.errors import InputError
-from md.engine.minimiser import minimise
+from md.config import load_config
+from md.engine.minimiser import LIQUID_FORCE, minimise
 from md.engine.state import MDState
 
 
@@ -52,3 +54,11 @@ def test_settings_are_checked(toys):
     state = MDState.from_systems([toys.argon_box()], temperature_K=0.0, seed=0)
     with pytest.raises(InputError, match="must be positive"):
         minimise(state, toys.LennardJones(), max_displacement=0.0)
+
+
+def test_relaxation_ends_at_the_forces_of_a_liquid(toys):
+    """Not at rest: a liquid has such forces anyway, and on the way to rest ions collapse that nothing screens yet."""
+    state = MDState.from_systems([toys.argon_box(noise=0.6)], temperature_K=100.0, seed=0)
+    result = minimise(state, toys.LennardJones())
+    assert result.converged and 0.2 < float(result.max_force.max()) < LIQUID_FORCE
+    assert load_config(Path(__file__).parents[3] / "examples/electrolyte.yaml").stages[0].force == LIQUID_FORCE
