@@ -34,8 +34,8 @@ class AlignConfig(BaseModel):
     model      zoo name or model file to align
     parent     model whose densities and errors the report and the card show as those before; default: ``model``
     output     model file to write; the folder of the same name without ending takes the simulations
-    data       quantum data the model learnt from: ``clusters`` of its structures hold the model in place, and its
-               held-out frames tell what the alignment did to the errors
+    data       quantum data the model learnt from: up to ``clusters`` of its frames hold the model to their labels, and
+               its held-out frames tell what the alignment did to the errors
     align, test  measured liquids; or ``table``, a file of them, where ``use`` says which is which
     species    rows of the table made of these solvents and salts only are taken; default: every row
     atoms, equilibrate, time   size of a box, the part of the run that is not looked at (half of it in later rounds),
@@ -68,7 +68,7 @@ class AlignConfig(BaseModel):
     rounds: Annotated[int, Field(ge=1, le=100)] = 6
     tolerance: Density = 0.01 * units.GRAM_PER_CM3
     compressibility: Compressibility = 1.0e-9 / units.PASCAL
-    clusters: Annotated[int, Field(ge=1)] = 1200
+    clusters: Annotated[int, Field(ge=1)] = 2000
     trained: Literal["energy_head", "all"] = "all"
     weights: AlignWeights = AlignWeights()
     loop: LoopBlock = LoopBlock(epochs=10, edges_per_batch=20_000, learning_rate=1.0e-3, weight_decay=0.0)
