@@ -31,7 +31,7 @@ def mean_absolute_error(rows: Sequence[Mapping[str, Any]]) -> float:
 def density_figure(report: Mapping[str, Any]) -> Figure:
     """Draw the density errors [g/cm3] of all liquids of a report of ``bamboo-md align``, with 95 % intervals.
 
-    Liquids that were never aligned to stand above a line.
+    Liquids that were never aligned to stand above a line. What was not simulated with the parent has no point "before".
     """
     parts: dict[str, Mapping[str, Sequence[Mapping[str, Any]]]] = {
         part: report[part] for part in ("aligned", "held_out")
@@ -44,7 +44,7 @@ def density_figure(report: Mapping[str, Any]) -> Figure:
         rows = [row for part in parts.values() for row in part[moment]]
         axes.errorbar(
             [row["density_error"] for row in rows],
-            range(len(rows)),
+            [names.index(row["name"]) for row in rows],
             xerr=[NORMAL_95 * row["density_stderr"] for row in rows],
             fmt=marker,
             markerfacecolor=face,
