@@ -72,9 +72,10 @@ class Realisation:
         return f"at {self.density_g_cm3:.4g} g/cm3 {'as given' if self.density_is_given else 'by ideal mixing'}"
 
     @property
-    def worst_deviation(self) -> float:
-        """Largest relative deviation of an amount from what was asked."""
-        return max((abs(self.got[key] / asked - 1.0) for key, asked in self.asked.items()), default=0.0)
+    def worst(self) -> tuple[str, float]:
+        """What deviates most from the amount that was asked, and its relative deviation."""
+        deviations = {name: abs(self.got[name, unit] / asked - 1.0) for (name, unit), asked in self.asked.items()}
+        return max(deviations.items(), key=lambda item: item[1], default=("", 0.0))
 
     def __str__(self) -> str:
         parts = " · ".join(f"{count} {name}" for name, count in self.formula.items())

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 from bamboo.errors import InputError
+from bamboo.structure.molecules import molecule
 from md import protocol
+from md.composition import realise
 from md.config import Property, RunConfig, load_config
 
 QUESTIONS = {  # key -> what it asks, and the answer that return alone gives
@@ -55,6 +57,9 @@ def write_template(path: Path, answers: Mapping[str, str]) -> RunConfig:
     check_free(path)
     given = {key: answers.get(key, default) for key, (_, default) in QUESTIONS.items()}
     config = accepted(given)
+    if given["properties"] == QUESTIONS["properties"][1]:
+        given["properties"] = ", ".join(usual_properties(config))
+        config = accepted(given)
     text = _text(given, config, name=path.name)
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -115,6 +120,13 @@ def _value(key: str, text: str) -> str:
 def _without_place(line: str) -> str:
     """Return a problem without the file and line of the draft, which the user never sees."""
     return line.split(": ", 1)[1] if "answers.yaml" in line.split(": ", 1)[0] and ": " in line else line
+
+
+def usual_properties(config: RunConfig) -> list[str]:
+    """Return every property that the liquid has: with ions no dielectric constant, without them no conductivity."""
+    ions = any(molecule(name).charge for name in realise(config.what(), n_atoms=config.build.atoms).counts)
+    absent = {"dielectric"} if ions else {"conductivity", "coordination"}
+    return [name for name in get_args(Property) if name not in absent]
 
 
 def _text(given: Mapping[str, str], config: RunConfig, *, name: str) -> str:

@@ -5,8 +5,8 @@ What differs between liquids that were packed apart is far larger than what diff
 than a run. So a reference model prepares every liquid once, at its measured density, and takes ``starts`` from it, some
 picoseconds apart; every model goes on from each of them with the same velocities: at constant volume, then at constant
 pressure. For each group: the standard deviation over its models of the pressure at the measured density, on the starts
-themselves and in the model's own dynamics, of the density, and of the distance of Li+ from its first shell; and how
-often a guard stops a hot liquid.
+themselves (without what models share: kinetic energy, dispersion, wall) and in the model's own dynamics, of the
+density, and of the distance of Li+ from its first shell; and how often a guard stops a hot liquid.
 
 With x_mk of model m from start k (n models, K starts), the mean over models of each start is taken off, and with it
 what the starts share. Two-way analysis of variance without replication (Fisher) tells models from chance:
@@ -63,8 +63,8 @@ class SpreadConfig(BaseModel):
     atoms, equilibrate, starts   size of a box; how long the reference runs before the first start; number of starts
     settle, expand, time   from each start: ``settle`` at constant volume, then ``time``, in which pressure and shell
                are looked at; ``expand`` at constant pressure, then ``time`` for the density
-    hot_temperature, hot_time  every model keeps every liquid at this temperature and the measured density for this
-               time in all; stopped by a guard, it begins again with another seed
+    hot_temperature, hot_time  every model keeps liquids at this temperature and the measured density for this time,
+               each liquid an equal part of it; stopped by a guard, it begins again with another seed
     output     folder of all work and of report.json
     """
 

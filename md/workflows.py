@@ -312,11 +312,11 @@ def _banner(
 
 def _size_warning(box: Realisation) -> str | None:
     """Return what is to be said of a box that misses its composition, None where it meets it."""
-    deviation = box.worst_deviation
+    name, deviation = box.worst
     if deviation <= DEVIATION_WORTH_A_WARNING:
         return None
     return (
-        f"this box is too small for what was asked: an amount is off by {deviation:.0%}. "
+        f"this box is too small for what was asked: {name} is off by {deviation:.0%}. "
         "More atoms (build.atoms) come closer."
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from bamboo.errors import CheckpointedStop, ConvergenceError, InputError
 from bamboo.learn.fit import held_out_errors
 from bamboo.quantum.dataset import read_frames
 from md import cli
-from md.align import align, density_error, wanted_shift
+from md.align import align, density_error, strain, wanted_shift
 from md.align_config import load_align_config
 from md.align_report import density_figure
 from md.engine.simulation import Simulation
@@ -105,9 +106,14 @@ def test_a_liquid_within_the_tolerance_leaves_the_weights_bit_for_bit(toy: Any, 
 
 
 def test_rounds_that_do_not_converge_fail_with_the_table(toy: Any) -> None:
+    """One round at constant volume, then two corrections by densities at constant pressure, each nearer the truth."""
     config = load_align_config(toy(pressure=3000, tolerance=1e-6, rounds=1))
-    with pytest.raises(ConvergenceError, match=r"(?s)1 rounds did not bring .* by round: 0\.\d+, 0\.\d+.*argon, 340 K"):
+    with pytest.raises(ConvergenceError, match=r"(?s)1 rounds did not bring .*argon, 340 K") as caught:
         align(config, say=lambda _: None)
+    course = re.search(r"by round: (.*) g/cm3", str(caught.value))
+    assert course is not None
+    errors = [float(number) for number in course[1].split(", ")]
+    assert len(errors) == 4 and errors[3] < 0.5 * errors[1] < 0.5 * errors[0]
 
 
 def test_a_stopped_alignment_continues_exactly(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +264,8 @@ def test_density_error_follows_a_liquid_that_stiffens() -> None:
     assert density_error(density, kappa * pressure) == pytest.approx(density * (np.exp(-loss) - 1.0), rel=1e-6)
     assert density_error(density, 1e-6) == pytest.approx(-1e-6 * density, rel=1e-4)
     assert density_error(density, -0.02) == pytest.approx(0.02 * density)
+    for excess in (-0.03, -1e-3, 1e-3, 0.05, 0.5):
+        assert strain(density, density_error(density, excess)) == pytest.approx(excess)
 
 
 def test_a_pressure_beyond_sense_is_an_error_of_input(toy: Any) -> None:

@@ -79,3 +79,12 @@ def test_a_person_is_asked_until_the_answer_is_one() -> None:
     assert asked.count("Electrolyte") == asked.count("Temperature") == 2 and "Pressure" not in asked
     assert len(said) == 2 and "has no ratio" in said[0]
     assert found.keys() == QUESTIONS.keys()
+
+
+def test_a_template_asks_for_what_its_liquid_has(tmp_path: Path) -> None:
+    """With ions no dielectric constant, without them no conductivity; what is named is kept."""
+    salty = write_template(tmp_path / "a.yaml", {})
+    assert "dielectric" not in salty.properties and "conductivity" in salty.properties
+    solvent = write_template(tmp_path / "b.yaml", {"electrolyte": "DMC"})
+    assert solvent.properties == ("density", "viscosity", "diffusion", "dielectric")
+    assert write_template(tmp_path / "c.yaml", {"properties": "dielectric"}).properties == ("dielectric",)
