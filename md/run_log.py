@@ -20,6 +20,10 @@ class RunLog:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         print(text, file=self._file, flush=True)
 
+    def record(self, text: str) -> None:
+        """Print to log.txt only, what the terminal learns otherwise."""
+        print(text, file=self._file, flush=True)
+
     def progress(self) -> ProgressDisplay:
         """Return the display of one stage: a bar on a terminal, a line a minute in files."""
         plain = Console(file=self._file, force_terminal=False)

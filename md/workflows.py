@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 import bamboo
-from bamboo.errors import GuardError, InputError
+from bamboo.errors import CheckpointedStop, GuardError, InputError
 from bamboo.files import write_text
 from bamboo.system import System
 from bamboo.units import FEMTOSECOND, PICOSECOND
@@ -132,6 +132,10 @@ def _run_model(
                     runner.run_stage(index, stage, state, resume=index == begun)
         except GuardError as error:
             run_folder.update_manifest(stopped=str(error))
+            log.record(str(error))
+            raise
+        except CheckpointedStop as stop:
+            log.record(str(stop))
             raise
         properties, table = write_results(run_folder, config)
         for line in table:

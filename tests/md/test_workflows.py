@@ -400,6 +400,7 @@ def test_wall_time_ends_with_a_checkpoint(tmp_path: Path) -> None:
     text = CONFIG.replace("every: 1000 s", "every: 1000 s, wall_time: 0.3 s")
     with pytest.raises(CheckpointedStop, match="the same command continues it"):
         run_quietly(load_config(write_config(tmp_path, text)), tmp_path / "run", model=toy_model(delay=0.01))
+    assert "the same command continues it" in (tmp_path / "run/log.txt").read_text().splitlines()[-1]
     run_quietly(load_config(write_config(tmp_path)), tmp_path / "run")
 
 
