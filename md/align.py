@@ -3,7 +3,8 @@
 Each round simulates every liquid at its measured density (NVT), from where the round before left it: a packed liquid
 loses its excess pressure within 20 ps or more, so the first rounds are coarse. It takes the mean of the molecular
 pressure, which has the mean of the atomic one and a fraction of its noise, with its error bar, and fine-tunes the model
-so that its molecular pressure shifts by P_exp - P_sim, less noise (``wanted_shift``, ``bamboo/learn/align.py``).
+so that its molecular pressure shifts by P_exp - P_sim, less noise and a bit more than that, as liquids evade part of a
+shift (``wanted_shift``, ``bamboo/learn/align.py``).
 The rounds end when every density error is below the tolerance or they are used up. Then the liquids are simulated at
 constant pressure, where the density is an answer and no estimate. Where neither is within the tolerance, what is left
 is one more measurement of the excess pressure: up to ``REFINEMENTS`` times the model is corrected by it and simulated
@@ -37,7 +38,7 @@ from bamboo.quantum.dataset import Frame
 from bamboo.system import System
 from md.align_config import AlignConfig
 from md.align_report import density_figure, mean_absolute_error, measurement_table
-from md.analysis.statistics import equilibrated_mean
+from md.analysis.statistics import SeriesMean, equilibrated_mean
 from md.liquid import Box, Stage, accept_settings, box_name, frames, nvt, share, simulate
 from md.measurements import Measurement
 from md.trajectory import ThermoSeries
@@ -180,10 +181,7 @@ def measure(
         series = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5")
         known = series.time_ps < sample.time_ps * (1.0 + 1.0e-9)  # a run that was stopped may be longer already
         values = np.trace(series.pressure[known], axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR
-        pressure, drifts = equilibrated_mean(values)
-        halves = [float(half.mean()) for half in np.array_split(values, 2)]
-        drift = abs(halves[0] - halves[1]) / 2.0 if drifts else 0.0  # it may be noise that lasts
-        pressure = replace(pressure, sigma=max(pressure.sigma, drift), stderr=max(pressure.stderr, drift))
+        pressure, drifts = _mean_that_may_drift(values)
         excess_bar = pressure.value - target_bar
         if not drifts and pressure.is_converged and pressure.stderr < SURE * abs(excess_bar):
             break
@@ -219,7 +217,7 @@ def measure_density(
     ]
     simulate(box, stages, evaluator, folder)
     series = ThermoSeries.read(folder / "sample" / "thermo.h5").density_g_cm3[:, 0]
-    density, drifts = equilibrated_mean(series)
+    density, drifts = _mean_that_may_drift(series)
     error, kappa = density.value - row.density_g_cm3, config.compressibility * units.BAR
     middle, *around = (strain(row.density_g_cm3, error + k * density.sigma) / kappa for k in (0.0, 1.0, -1.0))
     return {
@@ -233,6 +231,14 @@ def measure_density(
         "how": "at constant pressure",
         "drifts": drifts,
     }
+
+
+def _mean_that_may_drift(values: np.ndarray) -> tuple[SeriesMean, bool]:
+    """Return the mean of a series and whether it drifts; its error then is at least half of what halves differ by."""
+    mean, drifts = equilibrated_mean(values)
+    halves = [float(half.mean()) for half in np.array_split(values, 2)]
+    drift = abs(halves[0] - halves[1]) / 2.0 if drifts else 0.0  # it may be noise that lasts
+    return replace(mean, sigma=max(mean.sigma, drift), stderr=max(mean.stderr, drift)), drifts
 
 
 def _within(config: AlignConfig, rows: Sequence[Mapping[str, Any]]) -> bool:
