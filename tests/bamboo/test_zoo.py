@@ -19,7 +19,7 @@ from bamboo.system import Batch, System
 DATA = Path(__file__).parents[2] / "data" / "quantum"
 # the held-out labels of each model, and what its users must know
 LABELS = {"default": "dft.h5", "b3lyp": "dft.h5", "gfn2": "gfn2.h5"}
-CAVEATS = {"default": "VC 9 % too light", "b3lyp": "Not aligned", "gfn2": "over-binds"}
+CAVEATS = {"default": "Viscosities came out about twice too high", "b3lyp": "Not aligned", "gfn2": "over-binds"}
 
 
 @pytest.mark.parametrize("name", LABELS)
