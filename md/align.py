@@ -19,7 +19,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from bamboo.quantum.dataset import Frame
 from bamboo.system import System
 from md.align_config import AlignConfig
 from md.align_report import density_figure, mean_absolute_error, measurement_table
-from md.analysis.statistics import SeriesMean, equilibrated_mean
+from md.analysis.statistics import equilibrated_mean
 from md.liquid import Box, Stage, accept_settings, box_name, frames, nvt, share, simulate
 from md.measurements import Measurement
 from md.trajectory import ThermoSeries
@@ -181,7 +180,7 @@ def measure(
         series = ThermoSeries.read(folder / "sample" / "molecular" / "thermo.h5")
         known = series.time_ps < sample.time_ps * (1.0 + 1.0e-9)  # a run that was stopped may be longer already
         values = np.trace(series.pressure[known], axis1=-2, axis2=-1)[:, 0] / 3.0 / units.BAR
-        pressure, drifts = _mean_that_may_drift(values)
+        pressure, drifts = equilibrated_mean(values)
         excess_bar = pressure.value - target_bar
         if not drifts and pressure.is_converged and pressure.stderr < SURE * abs(excess_bar):
             break
@@ -217,7 +216,7 @@ def measure_density(
     ]
     simulate(box, stages, evaluator, folder)
     series = ThermoSeries.read(folder / "sample" / "thermo.h5").density_g_cm3[:, 0]
-    density, drifts = _mean_that_may_drift(series)
+    density, drifts = equilibrated_mean(series)
     error, kappa = density.value - row.density_g_cm3, config.compressibility * units.BAR
     middle, *around = (strain(row.density_g_cm3, error + k * density.sigma) / kappa for k in (0.0, 1.0, -1.0))
     return {
@@ -231,14 +230,6 @@ def measure_density(
         "how": "at constant pressure",
         "drifts": drifts,
     }
-
-
-def _mean_that_may_drift(values: np.ndarray) -> tuple[SeriesMean, bool]:
-    """Return the mean of a series and whether it drifts; its error then is at least half of what halves differ by."""
-    mean, drifts = equilibrated_mean(values)
-    halves = [float(half.mean()) for half in np.array_split(values, 2)]
-    drift = abs(halves[0] - halves[1]) / 2.0 if drifts else 0.0  # it may be noise that lasts
-    return replace(mean, sigma=max(mean.sigma, drift), stderr=max(mean.stderr, drift)), drifts
 
 
 def _within(config: AlignConfig, rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,6 +12,7 @@ from bamboo.structure.molecules import molecule
 from md import protocol
 from md.composition import realise
 from md.config import Property, RunConfig, load_config
+from md.run_length import objection
 
 QUESTIONS = {  # key -> what it asks, and the answer that return alone gives
     "electrolyte": ("Electrolyte", "1 m LiPF6 in EC:DMC 30:70 wt"),
@@ -123,10 +124,9 @@ def _without_place(line: str) -> str:
 
 
 def usual_properties(config: RunConfig) -> list[str]:
-    """Return every property that the liquid has: with ions no dielectric constant, without them no conductivity."""
+    """Return every property that the liquid has."""
     ions = any(molecule(name).charge for name in realise(config.what(), n_atoms=config.build.atoms).counts)
-    absent = {"dielectric"} if ions else {"conductivity", "coordination"}
-    return [name for name in get_args(Property) if name not in absent]
+    return [name for name in get_args(Property) if objection(name, config, ions=ions) is None]
 
 
 def _text(given: Mapping[str, str], config: RunConfig, *, name: str) -> str:

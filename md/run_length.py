@@ -89,9 +89,9 @@ def outlook(config: RunConfig, box: Realisation, *, seconds_per_step: float) -> 
     found: dict[Property, Outlook] = {}
     for name in config.properties:
         stage_found = stage_of(name, config)
-        objection = _objection(name, config, ions=ions)
-        if stage_found is None or objection is not None:
-            found[name] = Outlook(None, None, f"not computed: {objection or 'there is no stage that gives it'}")
+        reason = objection(name, config, ions=ions)
+        if stage_found is None or reason is not None:
+            found[name] = Outlook(None, None, f"not computed: {reason or 'there is no stage that gives it'}")
             continue
         index, stage = stage_found
         planned = round(stage.time / PICOSECOND, 6)
@@ -109,16 +109,12 @@ def outlook(config: RunConfig, box: Realisation, *, seconds_per_step: float) -> 
             text = f"{where} should give it to about ± {100.0 * half:.2g} % (95 %), the model's own error aside"
         if name == "conductivity" and cations < FEWEST_ION_PAIRS:
             text += f"; {cations} cation{'s' if cations != 1 else ''} in the box, some {FEWEST_ION_PAIRS} wanted"
-            text += f", in about {_rounded(box.n_atoms * FEWEST_ION_PAIRS / cations)} atoms"
+            text += f", in about {round(box.n_atoms * FEWEST_ION_PAIRS / cations, -2):.0f} atoms"
         found[name] = Outlook(planned, needed, text)
     return found
 
 
-def _rounded(n_atoms: float) -> int:
-    return round(n_atoms / 100.0) * 100 or 100
-
-
-def _objection(name: Property, config: RunConfig, *, ions: bool) -> str | None:
+def objection(name: Property, config: RunConfig, *, ions: bool) -> str | None:
     """Why no length of a stage gives a property, or None where some length does."""
     if name in ("conductivity", "coordination") and not ions:
         return "there are no ions"

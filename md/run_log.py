@@ -18,7 +18,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """Print one line, plainly, to both."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        print(text, file=self._file, flush=True)
+        self.record(text)
 
     def record(self, text: str) -> None:
         """Print to log.txt only, what the terminal learns otherwise."""

@@ -109,13 +109,13 @@ def spread(config: SpreadConfig, *, say: Say = print) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"output"})
     known = {name: file_sha256(path) for name, path in models.items()} | {"its reference": file_sha256(reference)}
     accept_settings(config.output, settings | {"sha256": known})
-    prepared = [_start(config, number, config.starts - 1) / "restart" for number in range(len(config.liquids))]
+    prepared = [_start(config, number, config.starts - 1) / READY for number in range(len(config.liquids))]
 
     def prepare(number: int) -> None:
         make_starts(reference, config.liquids[number], number, config=config, say=say)
-        write_json(prepared[number] / READY, config.starts)
+        write_json(prepared[number], config.starts)
 
-    share([folder / READY for folder in prepared], prepare)
+    share(prepared, prepare)
     tasks = [
         (kind, name, number) for kind in ("liquid", "hot") for number in range(len(config.liquids)) for name in models
     ]

@@ -14,7 +14,7 @@ of the same state: they share one mean, so replicas that disagree widen the erro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import expm1, sqrt
 
 import numpy as np
@@ -145,9 +145,16 @@ def equilibration_start(series: ArrayLike) -> int | None:
 
 
 def equilibrated_mean(series: NDArray[np.float64]) -> tuple[SeriesMean, bool]:
-    """Return the mean of the equilibrated part of a series (its second half where it drifts), and whether it drifts."""
+    """Return the mean of the equilibrated part of a series, and whether it drifts.
+
+    Of one that drifts: of its second half, with an error of no less than half of what the halves differ by.
+    """
     start = equilibration_start(series)
-    return series_mean(series[len(series) // 2 if start is None else start :]), start is None
+    if start is not None:
+        return series_mean(series[start:]), False
+    first, second = np.array_split(series, 2)
+    mean, drift = series_mean(second), abs(float(first.mean() - second.mean())) / 2.0  # it may be noise that lasts
+    return replace(mean, sigma=max(mean.sigma, drift), stderr=max(mean.stderr, drift)), True
 
 
 def spread_stderr(values: NDArray[np.float64]) -> float:

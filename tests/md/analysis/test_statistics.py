@@ -12,6 +12,7 @@ from md.analysis.statistics import (
     SeriesMean,
     autocovariance,
     combine,
+    equilibrated_mean,
     equilibration_start,
     integrated_autocorrelation_time,
     series_mean,
@@ -161,3 +162,13 @@ def test_error_of_a_variance_covers_its_skewness() -> None:
     assert np.mean(plain) < 0.925 and 0.93 < np.mean(widened) < 0.98
     low = SeriesMean(0.5, 0.1, 0.1, 50.0, 10.0)
     assert 0.5 + 1.96 * variance_stderr(low) == pytest.approx(0.5 * exp(1.96 * 0.1 / 0.5), rel=1e-4)
+
+
+def test_a_mean_that_drifts_is_no_surer_than_what_its_halves_differ_by() -> None:
+    """A line from 0 to 30 with noise: the second half has the mean 22.5, the halves differ by 15."""
+    noise = ornstein_uhlenbeck(2000, tau=5.0, seed=6)
+    mean, drifts = equilibrated_mean(np.linspace(0.0, 30.0, 2000) + noise)
+    assert drifts and mean.value == pytest.approx(22.5, abs=0.3)
+    assert mean.sigma == pytest.approx(7.5, abs=0.3) and mean.stderr >= mean.sigma
+    still, drifts = equilibrated_mean(noise)
+    assert not drifts and still.stderr < 0.3
