@@ -34,7 +34,10 @@ def submit(
         list[str] | None, typer.Option(help="Further line for the batch system, '--constraint=a100'.")
     ] = None,
 ) -> None:
-    """Write a batch script that runs a file, saves itself before the time limit and requeues until it is done."""
+    """Write a batch script that runs a file, saves itself before the time limit and requeues until it is done.
+
+    Give --slurm or --pbs.
+    """
     from md.batch import Job, memory_estimate_GB, pbs_script, slurm_script, submit_command
     from md.config import is_sweep, load_config
     from md.quantities import parse_quantity

@@ -157,6 +157,57 @@ def data_lift(
     print(count_table(lifted))
 
 
+@data_app.command("dimers")
+@reported
+def data_dimers(
+    boxes: Annotated[Path, typer.Argument(help="Extended XYZ or HDF5 frames of periodic liquids.")],
+    output: Annotated[Path, typer.Argument(help="Extended XYZ file to write, for `data label --method dft`.")],
+    count: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 60,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+) -> None:
+    """Cut pairs of neighbouring neutral molecules out of liquids, each followed by its two molecules alone."""
+    import ase.io
+
+    from bamboo.learn.pairs import cut_dimers
+    from bamboo.quantum.campaign import read_structures
+
+    systems = [frame.system for frame in read_structures(boxes)]
+    structures = []
+    for number, system in enumerate(cut_dimers(systems, count, seed=seed)):
+        structures.append(atoms := system.to_atoms())
+        atoms.info |= {"charge": 0, "kind": "neutral", "trajectory": f"{output.stem}-{number // 3:04d}"}
+    ase.io.write(str(output), structures, format="extxyz")
+    print(f"wrote {count} pairs, {len(structures)} structures, to {output}")
+
+
+@data_app.command("liquids")
+@reported
+def data_liquids(
+    boxes: Annotated[Path, typer.Argument(help="Extended XYZ or HDF5 frames of periodic liquids.")],
+    dimers: Annotated[Path, typer.Option(help="HDF5 file of labelled dimers and their molecules (`data dimers`).")],
+    tuned: Annotated[str, typer.Option(help="Model of the zoo or file, tuned to clusters: labels single molecules.")],
+    output: Annotated[Path, typer.Option(help="HDF5 file to write; the same command again continues.")],
+) -> None:
+    """Label liquids by their molecules and pairs, with GFN2-xTB and what dimers of a better level say beyond it."""
+    from bamboo import units
+    from bamboo.checkpoint import load
+    from bamboo.learn.pairs import dimers_of, fit_difference, label_liquids
+    from bamboo.quantum.campaign import read_structures
+    from bamboo.quantum.dataset import count_table, read_frames
+    from bamboo.quantum.xtb import label_xtb
+
+    model, labelled = load(tuned), read_frames(dimers)
+    known = dimers_of(labelled, model, label_xtb)
+    difference = fit_difference(known)
+    left = difference.unexplained(known) / units.KCAL_PER_MOL
+    print(f"{len(known)} dimers; forces on molecules beyond GFN2-xTB fitted within {left:.2f} kcal/mol/Å", flush=True)
+    frames = label_liquids(
+        read_structures(boxes), output, force_field=model, difference=difference, cheap=label_xtb,
+        level=labelled[0].labels.level, progress=_tell,
+    )  # fmt: skip
+    print(count_table(frames))
+
+
 def _tell(done: int, total: int) -> None:
     if done % 500 == 0 or done == total:
         print(f"{done}/{total} frames", flush=True)

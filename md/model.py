@@ -71,8 +71,8 @@ def check_molecules(config: RunConfig) -> None:
     if unknown := sorted(name for name in asked if canonical_smiles(molecule(name).smiles) not in held):
         raise InputError(
             f"The model {config.model.name} has never seen {', '.join(unknown)}; it knows {', '.join(known)}. Train "
-            "a model on data of these molecules (examples/4_train.py), or run it all the same with "
-            "`model: {untrained: true}`."
+            "a model on data of these molecules (examples/4_train.py). `model: {untrained: true}` runs it all the "
+            "same, and nothing vouches for what comes out."
         )
 
 

@@ -99,7 +99,7 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
     gradient, strain_gradient = torch.autograd.grad(fixed, (positions, strain))
     labels, n_atoms = frame.labels, frame.system.n_atoms
     forces = _label(labels.forces, (n_atoms, 3)) + gradient
-    group = torch.from_numpy(_molecules(frame.system))
+    group = torch.from_numpy(molecules_of(frame.system))
     net = torch.full((n_atoms, 3), float("nan"), dtype=torch.float64)
     if (n_groups := int(group.max()) + 1) > 1:
         net[:n_groups] = torch.zeros(n_groups, 3, dtype=torch.float64).index_add(0, group, forces)
@@ -122,7 +122,7 @@ def make_sample(force_field: ForceField, frame: Frame) -> Data:
     )
 
 
-def _molecules(system: System) -> np.ndarray:
+def molecules_of(system: System) -> np.ndarray:
     """Return the number of each atom's molecule, (n_atoms,), from 0 without gaps."""
     if system.molecule is None:
         return bonded_groups(bond_graph(system), system.n_atoms)
@@ -202,7 +202,7 @@ def _far_pair(first: Frame, second: Frame, offset: np.ndarray) -> Frame:
             cell=np.zeros((3, 3)),
             pbc=False,
             total_charge=a.total_charge + b.total_charge,
-            molecule=np.concatenate([(own := _molecules(a)), own.max() + 1 + _molecules(b)]),
+            molecule=np.concatenate([(own := molecules_of(a)), own.max() + 1 + molecules_of(b)]),
         ),
         labels=Labels(
             level=one.level,

@@ -28,7 +28,7 @@ from bamboo.errors import InputError, suggest
 from bamboo.files import held
 from bamboo.quantum.compositions import NAMES
 from bamboo.quantum.conformers import Library, build_library
-from bamboo.quantum.dataset import append_frames, count_table, read_frames, read_provenance, write_frames
+from bamboo.quantum.dataset import Frame, append_frames, count_table, read_frames, read_provenance, write_frames
 from bamboo.quantum.dft import DFTLabeller
 from bamboo.quantum.labels import Labels
 from bamboo.quantum.sampling import RECIPES, Outcome, label_structure
@@ -108,6 +108,17 @@ def structure_jobs(path: str | Path, *, method: str = "gfn2") -> list[Job]:
     if not groups:
         raise InputError(f"{path}: no structures to label.")
     return [Job(name, "label", tuple(group), method) for name, group in groups.items()]
+
+
+def read_structures(path: str | Path) -> list[Frame]:
+    """Return the frames of a dataset (.h5), or the structures of an extended-XYZ file as frames without labels."""
+    if Path(path).suffix == ".h5":
+        return read_frames(path)
+    nothing = Labels(level="none", energy=float("nan"))
+    return [
+        Frame(one.system, nothing, one.kind, one.sampling, name, one.temperature_K)
+        for name, (one,) in _extxyz_structures(path).items()
+    ]
 
 
 def _dataset_structures(path: str | Path) -> dict[str, list[Structure]]:
