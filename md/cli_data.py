@@ -198,7 +198,7 @@ def data_liquids(
 
     model, labelled = load(tuned), read_frames(dimers)
     known = dimers_of(labelled, model, label_xtb)
-    difference = fit_difference(known)
+    difference = fit_difference(known, model.dispersion)
     left = difference.unexplained(known) / units.KCAL_PER_MOL
     print(f"{len(known)} dimers; forces on molecules beyond GFN2-xTB fitted within {left:.2f} kcal/mol/Å", flush=True)
     frames = label_liquids(

@@ -35,15 +35,18 @@ from bamboo.quantum.dataset import Frame, read_frames, round_positions, write_fr
 from bamboo.quantum.labels import Labels
 from bamboo.structure.packing import make_whole
 from bamboo.system import Batch, System
+from bamboo.terms.dispersion import Dispersion
 
 Floats = NDArray[np.float64]
 Cheap = Callable[[System], Labels]
 NEAR, FAR = 6.0, 10.0  # Å between the closest atoms of two molecules; beyond FAR only what the model says of the box
 TOUCHING = 3.6  # Å between the closest atoms of a pair to be labelled
-DECAY = (2.0, 1.0)  # 1/Å, of the exponentials in D
+DECAY = (3.0, 2.0)  # 1/Å, of the exponentials in D
+KINDS = ((0, 1, 2), (1, 3, 4), (2, 4, 5))  # number of a pair of hydrogen, carbon, other
 ORIGIN = 3.0  # Å, where they are 1
 ARM = 2.0  # Å: torques on molecules count in the fit as forces at this distance
 RIDGE = 1.0e-3
+STRONG = 0.087  # eV/Å, 2 kcal/mol/Å
 SAVE_EVERY = 10
 CHUNK = 64  # clusters per evaluation
 IONIC = (3, 15, 16)  # Li, P, S: elements of the ions
@@ -51,24 +54,33 @@ IONIC = (3, 15, 16)  # Li, P, S: elements of the ions
 
 @dataclass(frozen=True, eq=False)
 class PairDifference:
-    """D(mn) = sum_(i in m, j in n) sum_k c_(t k) exp(-DECAY_k (r_ij - ORIGIN)), t: two hydrogens, one, none.
+    """D(mn) = sum_(i in m, j in n) [s E_disp(r_ij) + sum_k c_(t k) exp(-DECAY_k (r_ij - ORIGIN))].
 
-    coefficients  (3, 2) eV
+    t runs over pairs of hydrogen, carbon and anything else; E_disp is the dispersion of a pair, which the exponentials
+    alone would have to stretch over: their tails come out wrong where dimers are few.
+
+    coefficients  (6, 2) eV
+    scale         s
+    dispersion    term of the force field
     """
 
     coefficients: Floats
+    scale: float
+    dispersion: Dispersion
+
+    def __call__(self, distance: torch.Tensor, number_i: torch.Tensor, number_j: torch.Tensor) -> torch.Tensor:
+        """Return the energy of each pair of atoms, (n_pairs,) eV; distance (n_pairs,) Å."""
+        terms = _terms(distance, number_i, number_j, dispersion=self.dispersion)
+        return terms @ torch.from_numpy(np.append(self.coefficients.ravel(), self.scale))
 
     def unexplained(self, dimers: Sequence["Dimer"]) -> float:
         """Return the RMS force on a molecule of the dimers that D does not explain [eV/Å], per component."""
         left = []
         for dimer in dimers:
-            forces = dimer.forces - _features(dimer)[1] @ self.coefficients.ravel()
+            features = _features(dimer, self.dispersion)[1]
+            forces = dimer.forces - features @ np.append(self.coefficients.ravel(), self.scale)
             left.append(forces[: dimer.n_first].sum(0))
         return float(np.sqrt(np.mean(np.square(left))))
-
-    def __call__(self, distance: torch.Tensor, number_i: torch.Tensor, number_j: torch.Tensor) -> torch.Tensor:
-        """Return the energy of each pair of atoms, (n_pairs,) eV; distance (n_pairs,) Å."""
-        return (_basis(distance, number_i, number_j) * torch.from_numpy(self.coefficients)).sum((-1, -2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +98,15 @@ class Dimer:
     forces: Floats
 
 
-def _basis(distance: torch.Tensor, number_i: torch.Tensor, number_j: torch.Tensor) -> torch.Tensor:
-    """Return the exponentials in the row of their kind of pair, (n_pairs, 3, 2)."""
-    kind = 2 - (number_i == 1).long() - (number_j == 1).long()
+def _terms(
+    distance: torch.Tensor, number_i: torch.Tensor, number_j: torch.Tensor, *, dispersion: Dispersion
+) -> torch.Tensor:
+    """Return the terms of D at coefficient 1, (n_pairs, 13) eV: the exponentials by kind of pair, the dispersion."""
+    kinds = [torch.where(number == 1, 0, torch.where(number == 6, 1, 2)) for number in (number_i, number_j)]
+    pair = torch.nn.functional.one_hot(torch.tensor(KINDS)[kinds[0], kinds[1]], 6).to(distance.dtype)
     values = torch.stack([torch.exp(-decay * (distance - ORIGIN)) for decay in DECAY], dim=-1)
-    return torch.nn.functional.one_hot(kind, 3).to(values.dtype)[:, :, None] * values[:, None, :]
+    exponentials = (pair[:, :, None] * values[:, None, :]).flatten(1)
+    return torch.cat([exponentials, dispersion(distance, number_i, number_j)[:, None]], dim=1)
 
 
 def cut_dimers(systems: Sequence[System], count: int, *, seed: int) -> list[System]:
@@ -155,36 +171,41 @@ def _beyond(frame: Frame, force_field: ForceField, cheap: Cheap) -> tuple[float,
         raise InputError(f"{frame.trajectory}: dimers and their molecules need forces at both levels.")
     energy, forces = high.energy - low.energy, high.forces - low.forces
     if not high.contains_dispersion:
-        more = dispersion(force_field, frame.system)
+        more = dispersion_of(force_field, frame.system)
         energy, forces = energy + more[0], forces + more[1]
     return energy, forces
 
 
-def fit_difference(dimers: Sequence[Dimer]) -> PairDifference:
+def fit_difference(dimers: Sequence[Dimer], dispersion: Dispersion) -> PairDifference:
     """Fit D to energies and to forces and torques on the molecules of dimers, by least squares with a trace of ridge.
 
-    Torques count as forces at ``ARM``, energies [eV] as forces [eV/Å]; columns are scaled to one size for the ridge.
+    Torques count as forces at ``ARM``, energies [eV] as forces [eV/Å]; a dimer whose largest value x exceeds ``STRONG``
+    counts less, by 1 / sqrt(1 + (x / STRONG)^2); columns are scaled to one size for the ridge.
     """
     rows, targets = [], []
     for dimer in dimers:
-        energy, forces = _features(dimer)
-        rows += [energy[None], _rigid(dimer, forces)]
-        targets += [np.array([dimer.energy]), _rigid(dimer, dimer.forces[..., None])[:, 0]]
+        energy, forces = _features(dimer, dispersion)
+        target = np.concatenate([[dimer.energy], _rigid(dimer, dimer.forces[..., None])[:, 0]])
+        weight = 1.0 / np.hypot(1.0, np.abs(target).max() / STRONG)
+        rows += [weight * energy[None], weight * _rigid(dimer, forces)]
+        targets.append(weight * target)
     design, target = np.concatenate(rows), np.concatenate(targets)
     scale = np.sqrt((design**2).mean(0)) + 1.0e-12
     scaled = design / scale
     normal = scaled.T @ scaled + RIDGE * len(scaled) * np.eye(len(scale))
-    return PairDifference((np.linalg.solve(normal, scaled.T @ target) / scale).reshape(3, len(DECAY)))
+    *coefficients, factor = np.linalg.solve(normal, scaled.T @ target) / scale
+    return PairDifference(np.reshape(coefficients, (6, len(DECAY))), float(factor), dispersion)
 
 
-def _features(dimer: Dimer) -> tuple[Floats, Floats]:
-    """Return the energy of each term of D at coefficient 1 eV, (6,), and its forces, (n_atoms, 3, 6)."""
+def _features(dimer: Dimer, dispersion: Dispersion) -> tuple[Floats, Floats]:
+    """Return the energy of each term of D at coefficient 1, (13,), and its forces, (n_atoms, 3, 13)."""
     numbers = torch.from_numpy(dimer.system.numbers)
     i, j = (part.flatten() for part in torch.meshgrid(
         torch.arange(dimer.n_first), torch.arange(dimer.n_first, dimer.system.n_atoms), indexing="ij"
     ))  # fmt: skip
     positions = torch.from_numpy(dimer.system.positions).requires_grad_()
-    terms = _basis((positions[i] - positions[j]).norm(dim=-1), numbers[i], numbers[j]).sum(0).flatten()
+    distance = (positions[i] - positions[j]).norm(dim=-1)
+    terms = _terms(distance, numbers[i], numbers[j], dispersion=dispersion).sum(0)
     gradients = [torch.autograd.grad(term, positions, retain_graph=True)[0] for term in terms]
     return terms.detach().numpy(), -torch.stack(gradients, dim=-1).numpy()
 
@@ -268,7 +289,7 @@ def liquid_labels(
         forces = forces + model.forces + other.pairs(near) + model.pairs(far - near)
     else:
         forces = forces + own.forces.double().cpu().numpy() + other.pairs(near) - model.pairs(near)
-    spread = dispersion(force_field, whole)
+    spread = dispersion_of(force_field, whole)
     return whole, Labels(
         level + LIFTED,
         energy=float(energy - spread[0]) if box is not None else float("nan"),
@@ -370,7 +391,7 @@ def _difference(
     return float(energy.detach()), forces, -gradient.T @ between.detach().numpy()
 
 
-def dispersion(force_field: ForceField, system: System) -> tuple[float, Floats, Floats]:
+def dispersion_of(force_field: ForceField, system: System) -> tuple[float, Floats, Floats]:
     """Return energy [eV], forces (n_atoms, 3) [eV/Å] and virial (3, 3) [eV] of a force field's dispersion."""
     batch = Batch.from_systems([system])
     strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
